@@ -1,0 +1,10 @@
+//! What a model directory is: typed `config.json`, safetensors in and out, tokenizer files, chat template.
+mod atomic;
+mod chat_template;
+mod checkpoint;
+mod config;
+mod error;
+mod layout;
+mod save;
+mod sentencepiece;
+mod tokenizer;

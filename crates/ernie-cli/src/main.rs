@@ -1,0 +1,2 @@
+//! The `ernie` command.
+fn main() {}

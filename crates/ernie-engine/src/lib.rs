@@ -1,0 +1,1 @@
+//! ernie-engine

@@ -1,0 +1,2 @@
+//! Instruction sets, chosen once at run time.
+pub mod dot;

@@ -1,0 +1,18 @@
+//! CPU maths on slices, forward and backward: one file per operator, a scalar twin for each.
+//!
+//! All matrices are row-major `f32` unless a name says otherwise. Functions take slices and shapes, assert that they agree, and never allocate
+//! in proportion to anything but their arguments. `arch/` holds the instruction sets and all `unsafe` of the project's maths; the choice is
+//! made once, at run time.
+pub mod adamw;
+pub mod arch;
+pub mod attention;
+pub mod cross_entropy;
+pub mod decode;
+pub mod embedding;
+pub mod experts;
+pub mod linear;
+pub mod matmul;
+pub mod rms_norm;
+pub mod rope;
+pub mod router;
+pub mod swiglu;
