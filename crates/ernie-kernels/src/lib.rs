@@ -15,4 +15,7 @@ pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
+mod scratch;
 pub mod swiglu;
+#[cfg(test)]
+mod testing;

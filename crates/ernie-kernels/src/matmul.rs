@@ -1,1 +1,79 @@
-//! matmul
+//! Matrix products, row-major, in three layouts. The names say how `a` and `b` are stored: n as in the formula, t transposed.
+
+use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
+
+fn update(accumulate: bool) -> Update {
+    if accumulate { Update::Add } else { Update::Set }
+}
+
+/// c[m,n] = a[m,k] · b[n,k]ᵀ, added to c if `accumulate`.
+pub fn matmul_nt(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
+    product(MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, n, k).t(), 1.0, update(accumulate), Threads::All);
+}
+
+/// c[m,n] = a[m,k] · b[k,n], added to c if `accumulate`.
+pub fn matmul_nn(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
+    product(MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, k, n), 1.0, update(accumulate), Threads::All);
+}
+
+/// c[m,n] = a[k,m]ᵀ · b[k,n], added to c if `accumulate`.
+pub fn matmul_tn(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
+    product(MatMut::new(c, m, n), Mat::new(a, k, m).t(), Mat::new(b, k, n), 1.0, update(accumulate), Threads::All);
+}
+
+/// The same products by three plain loops.
+pub mod scalar {
+    /// c[m,n] = Σ_k a(i, l)·b(l, j), summed in f64 in the order of l.
+    pub fn matmul(a: impl Fn(usize, usize) -> f32, b: impl Fn(usize, usize) -> f32, m: usize, n: usize, k: usize) -> Vec<f32> {
+        let mut c = Vec::with_capacity(m * n);
+        for i in 0..m {
+            for j in 0..n {
+                c.push((0..k).map(|l| f64::from(a(i, l)) * f64::from(b(l, j))).sum::<f64>() as f32);
+            }
+        }
+        c
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Random, assert_close};
+
+    #[test]
+    fn each_layout_equals_the_plain_loops() {
+        let mut random = Random::new(1);
+        for (m, n, k) in [(1, 1, 1), (1, 7, 3), (3, 1, 5), (5, 9, 2), (17, 33, 19), (130, 70, 65), (64, 300, 257), (4, 6, 0)] {
+            let (a, b) = (random.vec(m * k, 1.0), random.vec(n * k, 1.0));
+            let start = random.vec(m * n, 1.0);
+            for accumulate in [false, true] {
+                let add = |product: Vec<f32>| -> Vec<f32> {
+                    product.iter().zip(&start).map(|(p, s)| if accumulate { p + s } else { *p }).collect()
+                };
+                let mut c = start.clone();
+                matmul_nt(&mut c, &a, &b, m, n, k, accumulate);
+                assert_close("nt", &c, &add(scalar::matmul(|i, l| a[i * k + l], |l, j| b[j * k + l], m, n, k)), 1e-5);
+                let mut c = start.clone();
+                matmul_nn(&mut c, &a, &b, m, n, k, accumulate);
+                assert_close("nn", &c, &add(scalar::matmul(|i, l| a[i * k + l], |l, j| b[l * n + j], m, n, k)), 1e-5);
+                let mut c = start.clone();
+                matmul_tn(&mut c, &a, &b, m, n, k, accumulate);
+                assert_close("tn", &c, &add(scalar::matmul(|i, l| a[l * m + i], |l, j| b[l * n + j], m, n, k)), 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_does_not_change_a_bit() {
+        let (m, n, k) = (301, 517, 263);
+        let mut random = Random::new(2);
+        let (a, b) = (random.vec(m * k, 1.0), random.vec(n * k, 1.0));
+        let on = |threads: usize| {
+            let mut c = vec![0.0; m * n];
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+            pool.install(|| matmul_nt(&mut c, &a, &b, m, n, k, false));
+            c
+        };
+        assert_eq!(on(1), on(3));
+    }
+}

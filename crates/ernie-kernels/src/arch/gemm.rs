@@ -1,0 +1,164 @@
+//! Checked matrix views and the product of two of them, over the `gemm` crate.
+#![allow(unsafe_code)] // The crate takes raw pointers; and disjoint column blocks of one matrix cannot be told apart by slices.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// A matrix to read: element (i, j) is `data[i * row_stride + j * col_stride]`.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// A row-major matrix that fills `data`.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix needs {} elements", rows * cols);
+        Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Rows `rows` and columns `cols` of the row-major matrix `data` whose rows are `stride` long.
+    pub fn block(data: &'a [f32], stride: usize, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(cols.end <= stride && rows.end * stride <= data.len(), "rows {rows:?}, columns {cols:?} lie outside the matrix");
+        let start = (rows.start * stride + cols.start).min(data.len());
+        Mat { data: &data[start..], rows: rows.len(), cols: cols.len(), row_stride: stride, col_stride: 1 }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Mat { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    /// One row of a matrix that has not been transposed.
+    pub fn row(&self, i: usize) -> &'a [f32] {
+        assert!(i < self.rows && self.col_stride == 1);
+        &self.data[i * self.row_stride..][..self.cols]
+    }
+}
+
+/// A row-major matrix to write, which may be a block of columns of a wider one. Two of them never overlap.
+pub struct MatMut<'a> {
+    start: *mut f32,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a `MatMut` is the sole owner of its elements for 'a, like `&'a mut [f32]`, which is Send.
+unsafe impl Send for MatMut<'_> {}
+
+impl<'a> MatMut<'a> {
+    /// A matrix that fills `data`.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix needs {} elements", rows * cols);
+        MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: cols, borrow: PhantomData }
+    }
+
+    /// Rows 0..`rows` and columns 0..`cols` of the matrix `data` whose rows are `stride` long.
+    pub fn corner(data: &'a mut [f32], stride: usize, rows: usize, cols: usize) -> Self {
+        assert!(cols <= stride && rows * stride <= data.len(), "[{rows}, {cols}] does not fit rows of {stride} in {}", data.len());
+        MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: stride, borrow: PhantomData }
+    }
+
+    /// Cuts the matrix into tiles: its rows at `row_bounds` (ascending, from 0 to the number of rows) and its columns every `width`, which
+    /// divides their number. Tiles come row block by row block, and from left to right inside one.
+    pub fn tiles(self, row_bounds: &[u32], width: usize) -> Vec<MatMut<'a>> {
+        assert!(row_bounds.first() == Some(&0) && row_bounds.last().map(|&end| end as usize) == Some(self.rows));
+        assert!(width > 0 && self.cols.is_multiple_of(width) && row_bounds.is_sorted());
+        let mut tiles = Vec::with_capacity((row_bounds.len() - 1) * (self.cols / width));
+        for bounds in row_bounds.windows(2) {
+            let rows = bounds[0] as usize..bounds[1] as usize;
+            for col in (0..self.cols).step_by(width) {
+                // SAFETY: row rows.start <= self.rows and column col < self.cols, so this stays within the matrix or, for an empty last
+                // block, one past its end; the tiles are disjoint by construction, and `self` is consumed.
+                let start = unsafe { self.start.add(if rows.is_empty() { 0 } else { rows.start * self.row_stride + col }) };
+                tiles.push(MatMut { start, rows: rows.len(), cols: width, row_stride: self.row_stride, borrow: PhantomData });
+            }
+        }
+        tiles
+    }
+
+    /// The rows `range`, borrowed from this matrix.
+    pub fn rows(&mut self, range: Range<usize>) -> MatMut<'_> {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let offset = if range.is_empty() { 0 } else { range.start * self.row_stride };
+        // SAFETY: range.start < self.rows when the range is not empty, so the offset lies within the matrix.
+        let start = unsafe { self.start.add(offset) };
+        MatMut { start, rows: range.len(), cols: self.cols, row_stride: self.row_stride, borrow: PhantomData }
+    }
+
+    /// One row.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        // SAFETY: row i lies within the matrix, which this view owns; the result borrows the view.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.row_stride), self.cols) }
+    }
+
+    /// Sets every element.
+    pub fn fill(&mut self, value: f32) {
+        for i in 0..self.rows {
+            self.row_mut(i).fill(value);
+        }
+    }
+}
+
+/// What happens to the elements that a product is written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// They are overwritten, and not read.
+    Set,
+    /// The product is added to them.
+    Add,
+}
+
+/// How many threads share a product. The result does not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// The calling thread alone (inside a parallel loop).
+    One,
+    /// The Rayon pool, where the product is large enough to gain.
+    All,
+}
+
+/// c = scale · a·b, or c += scale · a·b.
+pub fn product(c: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, update: Update, threads: Threads) {
+    let (m, n, k) = (c.rows, c.cols, a.cols);
+    assert!(a.rows == m && b.rows == k && b.cols == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows, b.rows, b.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let parallelism = match threads {
+        Threads::One => gemm::Parallelism::None,
+        Threads::All => gemm::Parallelism::Rayon(0),
+    };
+    // SAFETY: `Mat` and `MatMut` are only made over elements they borrow, with strides that keep all (rows, cols) inside; `c` is exclusive, so
+    // it overlaps neither `a` nor `b`; the shapes were compared above.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.start,
+            1,
+            c.row_stride as isize,
+            update == Update::Add,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
