@@ -1,0 +1,276 @@
+//! `metrics.jsonl`: one JSON object per line, appended as the run goes; the record that the other views are drawn from.
+//!
+//! Two kinds of line, both with the step and the wall-clock time in seconds since 1970:
+//! `{"kind":"train","step":7,"time":…,"tokens":…,"loss":…,"lr":…,"grad_norm":…,"tok_s":…,…}` and
+//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`. Losses are nats per token. A number that is not finite is
+//! written as `null`, which is what JSON has for it.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::TelemetryError;
+
+/// What one optimizer update reports.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepMetrics {
+    /// Number of the update, counted from 1 over the whole run, resumed or not.
+    pub step: u64,
+    /// Tokens trained on since the start of the run.
+    pub tokens: u64,
+    /// Mean cross-entropy of the update's tokens, nats per token, without auxiliary losses.
+    pub loss: f64,
+    /// Learning rate of the update.
+    pub lr: f64,
+    /// Global L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Tokens per second of this update.
+    pub tok_s: f64,
+    /// Further numbers by name: auxiliary losses, expert load and the like. A name must not be one of the keys above.
+    pub extra: BTreeMap<String, f64>,
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Record {
+    Train { time: f64, metrics: StepMetrics },
+    Validation { time: f64, step: u64, losses: Vec<(String, f64)> },
+}
+
+/// Keys of a train line that are not `extra`.
+const TRAIN_KEYS: [&str; 8] = ["kind", "step", "time", "tokens", "loss", "lr", "grad_norm", "tok_s"];
+
+impl Record {
+    pub(super) fn step(&self) -> u64 {
+        match self {
+            Self::Train { metrics, .. } => metrics.step,
+            Self::Validation { step, .. } => *step,
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Train { time, metrics } => {
+                let mut line = json!({
+                    "kind": "train",
+                    "step": metrics.step,
+                    "time": time,
+                    "tokens": metrics.tokens,
+                    "loss": metrics.loss,
+                    "lr": metrics.lr,
+                    "grad_norm": metrics.grad_norm,
+                    "tok_s": metrics.tok_s,
+                });
+                for (name, value) in &metrics.extra {
+                    assert!(!TRAIN_KEYS.contains(&name.as_str()), "extra metric named {name}, which is a fixed key");
+                    line[name] = json!(value);
+                }
+                line
+            }
+            Self::Validation { time, step, losses } => {
+                let losses: Map<String, Value> = losses.iter().map(|(source, loss)| (source.clone(), json!(loss))).collect();
+                json!({"kind": "validation", "step": step, "time": time, "losses": losses})
+            }
+        }
+    }
+
+    /// Reads a line back; the error says which key is wrong.
+    fn from_json(line: &[u8]) -> Result<Self, String> {
+        let line: Map<String, Value> = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+        let integer = |key: &str| line.get(key).and_then(Value::as_u64).ok_or_else(|| format!("`{key}` is not a whole number"));
+        let float = |key: &str| line.get(key).and_then(number).ok_or_else(|| format!("`{key}` is not a number"));
+        let time = float("time")?;
+        let step = integer("step")?;
+        match line.get("kind").and_then(Value::as_str) {
+            Some("train") => {
+                let mut extra = BTreeMap::new();
+                for key in line.keys().filter(|key| !TRAIN_KEYS.contains(&key.as_str())) {
+                    extra.insert(key.clone(), float(key)?);
+                }
+                let metrics = StepMetrics {
+                    step,
+                    tokens: integer("tokens")?,
+                    loss: float("loss")?,
+                    lr: float("lr")?,
+                    grad_norm: float("grad_norm")?,
+                    tok_s: float("tok_s")?,
+                    extra,
+                };
+                Ok(Self::Train { time, metrics })
+            }
+            Some("validation") => {
+                let losses = line.get("losses").and_then(Value::as_object);
+                let losses = losses
+                    .ok_or("`losses` is not an object")?
+                    .iter()
+                    .map(|(source, loss)| Some((source.clone(), number(loss)?)))
+                    .collect::<Option<Vec<_>>>()
+                    .ok_or("`losses` holds something that is not a number")?;
+                Ok(Self::Validation { time, step, losses })
+            }
+            _ => Err("`kind` is neither \"train\" nor \"validation\"".to_string()),
+        }
+    }
+}
+
+/// A JSON number, or NaN for the `null` that a number which is not finite was written as.
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Null => Some(f64::NAN),
+        value => value.as_f64(),
+    }
+}
+
+/// The open `metrics.jsonl`, positioned at its end.
+pub(super) struct MetricsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsFile {
+    /// Opens or creates the file, cuts off everything after `resume_step` and a torn last line, and returns what is left.
+    ///
+    /// A process killed between a checkpoint and its next one has logged steps that the resumed run will do again: those lines
+    /// go. Only the last line can be torn, since lines are appended whole; any other unreadable line is an error.
+    pub(super) fn open(path: &Path, resume_step: u64) -> Result<(Self, Vec<Record>), TelemetryError> {
+        let io = |action| move |source| TelemetryError::io(action, path, source);
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io("open"))?;
+        let mut reader = BufReader::new(&file);
+        let (mut kept, mut records) = (0u64, Vec::new());
+        let mut line = Vec::new();
+        for number in 1.. {
+            line.clear();
+            let read = reader.read_until(b'\n', &mut line).map_err(io("read"))?;
+            if read == 0 || line.last() != Some(&b'\n') {
+                break;
+            }
+            let record =
+                Record::from_json(&line).map_err(|reason| TelemetryError::Metrics { path: path.to_path_buf(), line: number, reason })?;
+            if record.step() > resume_step {
+                break;
+            }
+            kept += read as u64;
+            records.push(record);
+        }
+        file.set_len(kept).map_err(io("truncate"))?;
+        let mut file = file;
+        file.seek(SeekFrom::End(0)).map_err(io("seek in"))?;
+        let path = path.to_path_buf();
+        Ok((Self { path, file }, records))
+    }
+
+    /// Appends one line with one write, so that a killed process leaves whole lines.
+    pub(super) fn append(&mut self, record: &Record) -> Result<(), TelemetryError> {
+        let mut line = record.to_json().to_string();
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(|source| TelemetryError::io("append to", &self.path, source))
+    }
+
+    /// Waits until the lines are on the disk.
+    pub(super) fn sync(&self) -> Result<(), TelemetryError> {
+        self.file.sync_data().map_err(|source| TelemetryError::io("sync", &self.path, source))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train(step: u64) -> Record {
+        let metrics = StepMetrics {
+            step,
+            tokens: step * 512,
+            loss: 1.0 / step as f64,
+            lr: 0.1 + 0.2,
+            grad_norm: 1.5,
+            tok_s: 4000.25,
+            extra: BTreeMap::from([("balance_loss".to_string(), 1.01)]),
+        };
+        Record::Train { time: 1.75e9 + step as f64, metrics }
+    }
+
+    fn validation(step: u64) -> Record {
+        Record::Validation { time: 1.75e9, step, losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)] }
+    }
+
+    fn written(path: &Path, records: &[Record]) {
+        let (mut file, _) = MetricsFile::open(path, 0).unwrap();
+        for record in records {
+            file.append(record).unwrap();
+        }
+        file.sync().unwrap();
+    }
+
+    #[test]
+    fn every_line_reads_back_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let records = [train(1), train(2), validation(2), train(3)];
+        written(&path, &records);
+        let (_, back) = MetricsFile::open(&path, 3).unwrap();
+        assert_eq!(back, records);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text.lines().count(), 4);
+        let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+        assert_eq!(first["loss"], 1.0);
+        assert_eq!(first["balance_loss"], 1.01);
+    }
+
+    #[test]
+    fn resuming_cuts_later_lines_and_a_torn_one_and_appends_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        written(&path, &[train(1), train(2), validation(2), train(3)]);
+        let mut raw = std::fs::read(&path).unwrap();
+        raw.extend_from_slice(b"{\"kind\":\"train\",\"st");
+        std::fs::write(&path, &raw).unwrap();
+
+        let (_, back) = MetricsFile::open(&path, 9).unwrap();
+        assert_eq!(back.len(), 4, "only the torn line goes");
+
+        let (mut file, back) = MetricsFile::open(&path, 2).unwrap();
+        assert_eq!(back, [train(1), train(2), validation(2)]);
+        file.append(&train(3)).unwrap();
+        let (_, back) = MetricsFile::open(&path, 3).unwrap();
+        assert_eq!(back, [train(1), train(2), validation(2), train(3)]);
+
+        let (_, back) = MetricsFile::open(&path, 0).unwrap();
+        assert!(back.is_empty());
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_number_that_is_not_finite_is_null_and_comes_back_as_nan() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let Record::Train { time, mut metrics } = train(1) else { unreachable!() };
+        metrics.loss = f64::INFINITY;
+        written(&path, &[Record::Train { time, metrics }]);
+        assert!(std::fs::read_to_string(&path).unwrap().contains("\"loss\":null"));
+        let (_, back) = MetricsFile::open(&path, 1).unwrap();
+        let Record::Train { metrics, .. } = &back[0] else { panic!("{back:?}") };
+        assert!(metrics.loss.is_nan());
+    }
+
+    #[test]
+    fn a_damaged_line_in_the_middle_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        for (bad, word) in [
+            ("not json", "expected"),
+            ("{\"kind\":\"train\",\"step\":-1,\"time\":0}", "step"),
+            ("{\"kind\":\"other\",\"step\":1,\"time\":0}", "kind"),
+        ] {
+            std::fs::write(&path, format!("{bad}\n{}\n", validation(2).to_json())).unwrap();
+            let error = match MetricsFile::open(&path, 9) {
+                Ok((_, records)) => panic!("{bad} was read as {records:?}"),
+                Err(error) => error.to_string(),
+            };
+            assert!(error.contains(":1") && error.contains(word), "{error}");
+            assert!(std::fs::read_to_string(&path).unwrap().starts_with(bad), "an error must not truncate");
+        }
+    }
+}
