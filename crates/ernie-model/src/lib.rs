@@ -1,1 +1,24 @@
-//! ernie-model
+//! The ERNIE-4.5 text decoder, dense and mixture of experts, as Burn modules: one file per part, each reading like its equations.
+//!
+//! Dimension letters used throughout: `t` tokens of the packed batch, `h` hidden size, `n` heads, `d` head size, `i` intermediate size,
+//! `e` experts, `k` experts per token, `v` vocabulary. Shapes stand at the end of a name (`x_th`) where more than one is about.
+//!
+//! A batch is *packed*: its sequences lie one after another in one row of `t` tokens, and `cu_seqlens` (`[0, …, t]`) says where each
+//! document starts. Attention is causal inside a document and never crosses its bounds; positions count from its start.
+//!
+//! The hot operators go through [`ops`]; this crate knows no rank, no recipe and no optimizer.
+pub mod attention;
+pub mod batch;
+pub mod init;
+pub mod linear;
+pub mod mlp;
+pub mod moe;
+pub mod mtp;
+pub mod norm;
+pub mod ops;
+pub mod parameters;
+pub mod text;
+
+pub use batch::PackedBatch;
+pub use parameters::{LoadError, NamedParameters};
+pub use text::{Ernie, LossWeights, Losses};

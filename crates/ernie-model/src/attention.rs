@@ -1,0 +1,40 @@
+//! Grouped-query causal self-attention with interleaved rotary positions.
+use crate::{init::Init, linear::Linear, ops, ops::AttentionContext};
+use burn::prelude::*;
+use ernie_checkpoint::Config;
+
+/// `o(softmax(rope(q)·rope(k)ᵀ / √d) · v)`; query head `n` reads key-value head `n / (n_q / n_kv)`.
+#[derive(Module, Debug)]
+pub struct Attention {
+    /// `[n_q·d, h]`.
+    pub q_proj: Linear,
+    /// `[n_kv·d, h]`.
+    pub k_proj: Linear,
+    /// `[n_kv·d, h]`.
+    pub v_proj: Linear,
+    /// `[h, n_q·d]`.
+    pub o_proj: Linear,
+}
+
+impl Attention {
+    /// Fresh projections.
+    pub fn new(init: &mut Init, config: &Config) -> Self {
+        let (h, bias) = (config.hidden_size, config.use_bias);
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        Self {
+            q_proj: Linear::new(init, [q, h], bias, init.std),
+            k_proj: Linear::new(init, [kv, h], bias, init.std),
+            v_proj: Linear::new(init, [kv, h], bias, init.std),
+            o_proj: Linear::new(init, [h, q], bias, init.residual_std),
+        }
+    }
+
+    /// `[t, h]` → `[t, h]`; the context holds document bounds, head counts and the rotary table.
+    pub fn forward(&self, x_th: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+        let q = self.q_proj.forward(x_th.clone());
+        let k = self.k_proj.forward(x_th.clone());
+        let v = self.v_proj.forward(x_th);
+        self.o_proj.forward(ops::rope_attention(q, k, v, context))
+    }
+}

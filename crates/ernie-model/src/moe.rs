@@ -1,0 +1,152 @@
+//! Mixture of experts: router, routed experts, shared experts, and the auxiliary losses of routing.
+//!
+//! Router, as released (transformers `modeling_ernie4_5_moe.py`), all in f32:
+//! `p = softmax(W_g x)`, `S = topk(p + bias)`, `w = p[S] / max(Σ p[S], norm_min)`, `y = Σ_{e∈S} w_e·E_e(x) + shared(x)`.
+//! The correction bias chooses experts; it never weights them, and no gradient reaches it.
+use std::sync::Arc;
+
+use crate::{init::Init, linear::Linear, mlp::Mlp, ops, ops::ExpertsContext};
+use burn::{
+    module::Param,
+    prelude::*,
+    tensor::{TensorData, activation},
+};
+use ernie_checkpoint::{Config, MoeConfig};
+use ernie_kernels::{experts, router};
+
+/// The routed experts, stacked: expert `e` is `x → down_e(silu(gate_e x) ⊙ up_e x)`.
+#[derive(Module, Debug)]
+pub struct Experts {
+    /// `[e, i, h]`; checkpoint name `experts.E.gate_proj.weight`.
+    pub gate_proj: Param<Tensor<3>>,
+    /// `[e, i, h]`.
+    pub up_proj: Param<Tensor<3>>,
+    /// `[e, h, i]`.
+    pub down_proj: Param<Tensor<3>>,
+}
+
+/// State of the router beside its weights.
+#[derive(Module, Debug)]
+pub struct MoeStatics {
+    /// `[1, e]`, added to the probabilities for selection only.
+    pub e_score_correction_bias: Param<Tensor<2>>,
+}
+
+/// A feed-forward block of routed and shared experts.
+#[derive(Module, Debug)]
+pub struct Moe {
+    /// Router, `[e, h]`, always f32.
+    pub gate: Linear,
+    /// Correction bias.
+    pub moe_statics: MoeStatics,
+    /// Routed experts.
+    pub experts: Experts,
+    /// One SwiGLU of width `n_shared · i`, or none.
+    pub shared_experts: Option<Mlp>,
+    #[module(skip)]
+    top_k: usize,
+    #[module(skip)]
+    norm_min: f64,
+}
+
+/// How one MoE layer routed one batch.
+#[derive(Debug, Clone)]
+pub struct Routing {
+    /// Router logits, `[t, e]`, on the tape.
+    pub logits_te: Tensor<2>,
+    /// Their softmax, `[t, e]`, on the tape.
+    pub probs_te: Tensor<2>,
+    /// Chosen experts, `[t, k]` row by row.
+    pub indices: Arc<[u32]>,
+}
+
+impl Moe {
+    /// Fresh experts and router, correction bias zero.
+    pub fn new(init: &mut Init, config: &Config, moe: &MoeConfig) -> Self {
+        let (e, i, h) = (moe.num_experts, moe.intermediate_size, config.hidden_size);
+        Self {
+            gate: Linear::new(init, [e, h], false, init.std),
+            moe_statics: MoeStatics { e_score_correction_bias: init.frozen_zeros([1, e]) },
+            experts: Experts {
+                gate_proj: init.normal([e, i, h], init.std),
+                up_proj: init.normal([e, i, h], init.std),
+                down_proj: init.normal([e, h, i], init.residual_std),
+            },
+            shared_experts: (moe.num_shared_experts > 0).then(|| Mlp::new(init, config, moe.num_shared_experts * i)),
+            top_k: moe.top_k,
+            norm_min: moe.norm_min,
+        }
+    }
+
+    /// `[t, h]` → `[t, h]` and how it was routed.
+    pub fn forward(&self, x_th: Tensor<2>) -> (Tensor<2>, Routing) {
+        let logits_te = self.gate.forward(x_th.clone());
+        let probs_te = activation::softmax(logits_te.clone(), 1);
+        let (indices, weights_tk) = self.select(&probs_te);
+        let experts = &self.experts;
+        let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k };
+        let mut y_th = ops::routed_experts(
+            x_th.clone(),
+            [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()],
+            weights_tk,
+            &context,
+        );
+        if let Some(shared) = &self.shared_experts {
+            y_th = y_th + shared.forward(x_th);
+        }
+        (y_th, Routing { logits_te, probs_te, indices })
+    }
+
+    /// Chosen experts `[t, k]` and their normalised weights `[t, k]` (on the tape: the gradient reaches the router through them).
+    fn select(&self, probs_te: &Tensor<2>) -> (Arc<[u32]>, Tensor<2>) {
+        let [tokens, _] = probs_te.dims();
+        let probs = ops::host_f32(probs_te);
+        let bias = ops::host_f32(&self.moe_statics.e_score_correction_bias.val());
+        let indices = router::select(&probs, Some(&bias), self.top_k);
+        let index_data = TensorData::new(indices.iter().map(|&e| e as i64).collect::<Vec<_>>(), [tokens, self.top_k]);
+        let index_tk = Tensor::<2, Int>::from_data(index_data, &probs_te.device());
+        let chosen_tk = probs_te.clone().gather(1, index_tk);
+        let total_t1 = chosen_tk.clone().sum_dim(1).clamp_min(self.norm_min);
+        (indices.into(), chosen_tk / total_t1)
+    }
+}
+
+impl Experts {
+    /// Shape of the stack, for kernels: `tokens` of width h through e experts of width i, `top_k` each.
+    pub fn shape(&self, tokens: usize, top_k: usize) -> experts::Shape {
+        let [experts, intermediate, hidden] = self.gate_proj.dims();
+        experts::Shape { tokens, hidden, intermediate, experts, top_k }
+    }
+}
+
+impl Routing {
+    /// Number of experts.
+    pub fn experts(&self) -> usize {
+        self.probs_te.dims()[1]
+    }
+
+    /// How many tokens each expert got, `[e]`.
+    pub fn usage(&self) -> Vec<u64> {
+        let mut usage = vec![0; self.experts()];
+        for &expert in self.indices.iter() {
+            usage[expert as usize] += 1;
+        }
+        usage
+    }
+
+    /// Balance loss `E · Σ_e mean_prob_e · frac_e` (ERNIE `topk_gate.py`, after arXiv 2101.03961): 1 when routing is even.
+    pub fn balance_loss(&self) -> Tensor<1> {
+        let experts = self.experts();
+        let routed = self.indices.len() as f32;
+        let share = self.usage().into_iter().map(|n| n as f32 / routed).collect::<Vec<_>>();
+        let share_1e = Tensor::<2>::from_data(TensorData::new(share, [1, experts]), &self.probs_te.device());
+        (self.probs_te.clone().mean_dim(0) * share_1e).sum() * experts as f64
+    }
+
+    /// z-loss `mean(logsumexp(logits)²)` (arXiv 2202.08906): keeps router logits small.
+    pub fn z_loss(&self) -> Tensor<1> {
+        let max_t1 = self.logits_te.clone().detach().max_dim(1);
+        let lse_t1 = (self.logits_te.clone() - max_t1.clone()).exp().sum_dim(1).log() + max_t1;
+        lse_t1.square().mean()
+    }
+}

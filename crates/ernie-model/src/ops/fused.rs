@@ -1,0 +1,74 @@
+//! The operators as Burn's dispatcher sees them.
+use std::sync::Arc;
+
+use super::{AttentionContext, ExpertsContext};
+use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
+
+/// Fused operators with a gradient; see the functions of the same names in [`super`].
+#[backend_extension(Flex, Autodiff)]
+pub(super) trait Fused: Backend {
+    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_rope_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        context: AttentionContext,
+    ) -> FloatTensor<Self>;
+    fn fused_routed_experts(
+        x: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        context: ExpertsContext,
+    ) -> FloatTensor<Self>;
+    fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<[i32]>) -> FloatTensor<Self>;
+    fn fused_embedding(w: FloatTensor<Self>, ids: Arc<[u32]>) -> FloatTensor<Self>;
+}
+
+/// What a backend must compute for [`Fused`] to be differentiable on it: forward passes that keep what the backward needs, and the backwards.
+///
+/// Gradients come in the order of the inputs.
+pub(super) trait FusedKernels: Backend {
+    fn linear_kernel(x: &FloatTensor<Self>, w: &FloatTensor<Self>) -> FloatTensor<Self>;
+    fn linear_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
+    fn rms_norm_kernel(x: &FloatTensor<Self>, w: &FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+    fn rms_norm_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
+    fn swiglu_kernel(gate: &FloatTensor<Self>, up: &FloatTensor<Self>) -> FloatTensor<Self>;
+    fn swiglu_gradient(gate: FloatTensor<Self>, up: FloatTensor<Self>, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
+    /// Also the log-sum-exp of each query's scores, `[n_q, t]`.
+    fn rope_attention_kernel(qkv: &[FloatTensor<Self>; 3], context: &AttentionContext) -> (FloatTensor<Self>, Arc<Vec<f32>>);
+    fn rope_attention_gradient(
+        qkv: [FloatTensor<Self>; 3],
+        out: FloatTensor<Self>,
+        lse: &[f32],
+        context: &AttentionContext,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 3];
+    /// Inputs x, gate, up, down, weights.
+    fn routed_experts_kernel(
+        inputs: &[FloatTensor<Self>; 5],
+        context: &ExpertsContext,
+    ) -> (FloatTensor<Self>, Arc<ernie_kernels::experts::Saved>);
+    fn routed_experts_gradient(
+        inputs: [FloatTensor<Self>; 5],
+        saved: &ernie_kernels::experts::Saved,
+        context: &ExpertsContext,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 5];
+    fn head_cross_entropy_kernel(states: &FloatTensor<Self>, w: &FloatTensor<Self>, targets: &[i32]) -> FloatTensor<Self>;
+    /// The loss and its gradients with respect to states and weights, made in one pass.
+    fn head_cross_entropy_with_gradient(
+        states: &FloatTensor<Self>,
+        w: &FloatTensor<Self>,
+        targets: &[i32],
+    ) -> (FloatTensor<Self>, [FloatTensor<Self>; 2]);
+    /// `x · s` for a one-element s, in place where the tensor is not shared.
+    fn scaled_kernel(x: FloatTensor<Self>, s: &FloatTensor<Self>) -> FloatTensor<Self>;
+    /// Rows and columns.
+    fn matrix_shape(x: &FloatTensor<Self>) -> [usize; 2];
+    fn embedding_kernel(w: &FloatTensor<Self>, ids: &[u32]) -> FloatTensor<Self>;
+    fn embedding_gradient(w_shape: [usize; 2], ids: &[u32], dy: FloatTensor<Self>) -> FloatTensor<Self>;
+}

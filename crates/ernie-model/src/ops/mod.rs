@@ -1,0 +1,113 @@
+//! The seam between the network and its kernels.
+//!
+//! Each function here is one coarse operator of the model. On the CPU (Burn's Flex backend, with or without autodiff) it runs the fused kernel
+//! of `ernie-kernels` with a hand-written backward, declared to Burn as a *backend extension*: [`fused`] names the operators, [`flex`] runs
+//! them on slices, [`tape`] records them. On any other device it runs its twin in [`plain`], made of Burn's own operators, which is also
+//! the oracle of the tests.
+use std::sync::Arc;
+
+use burn::{backend::Dispatch, prelude::*};
+use ernie_kernels::{attention::Shape, rope::RopeTable};
+
+mod flex;
+mod fused;
+pub mod plain;
+mod tape;
+
+use fused::Fused;
+
+/// What attention needs to know beside q, k and v.
+#[derive(Debug, Clone)]
+pub struct AttentionContext {
+    /// Head counts and size.
+    pub shape: Shape,
+    /// Document bounds, `[0, …, t]`.
+    pub cu_seqlens: Arc<[u32]>,
+    /// Cosines and sines of the positions.
+    pub rope: Arc<RopeTable>,
+}
+
+/// Which experts each token goes to.
+#[derive(Debug, Clone)]
+pub struct ExpertsContext {
+    /// `[t, k]`.
+    pub indices: Arc<[u32]>,
+    /// k.
+    pub top_k: usize,
+}
+
+/// `x_ti · w_oiᵀ` → `[t, o]`.
+pub fn linear(x_ti: Tensor<2>, w_oi: Tensor<2>) -> Tensor<2> {
+    if !runs_kernels(&x_ti.device()) {
+        return plain::linear(x_ti, w_oi);
+    }
+    Tensor::from_dispatch(Dispatch::fused_linear(x_ti.into_dispatch(), w_oi.into_dispatch()))
+}
+
+/// `x / √(mean(x²) + eps) · w` over rows.
+pub fn rms_norm(x_th: Tensor<2>, w_h: Tensor<1>, eps: f64) -> Tensor<2> {
+    if !runs_kernels(&x_th.device()) {
+        return plain::rms_norm(x_th, w_h, eps);
+    }
+    Tensor::from_dispatch(Dispatch::fused_rms_norm(x_th.into_dispatch(), w_h.into_dispatch(), eps))
+}
+
+/// `silu(gate) ⊙ up`.
+pub fn swiglu(gate_ti: Tensor<2>, up_ti: Tensor<2>) -> Tensor<2> {
+    if !runs_kernels(&gate_ti.device()) {
+        return plain::swiglu(gate_ti, up_ti);
+    }
+    Tensor::from_dispatch(Dispatch::fused_swiglu(gate_ti.into_dispatch(), up_ti.into_dispatch()))
+}
+
+/// Rotary positions on q and k, then causal attention inside each document: `[t, n_q·d]`.
+pub fn rope_attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+    if !runs_kernels(&q.device()) {
+        return plain::rope_attention(q, k, v, context);
+    }
+    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_rope_attention(q, k, v, context.clone()))
+}
+
+/// `y_t = Σ_k weights_tk · down(silu(gate x) ⊙ up x)` over the experts chosen for each token; stacks are `[gate, up, down]`.
+pub fn routed_experts(x_th: Tensor<2>, stacks: [Tensor<3>; 3], weights_tk: Tensor<2>, context: &ExpertsContext) -> Tensor<2> {
+    if !runs_kernels(&x_th.device()) {
+        return plain::routed_experts(x_th, stacks, weights_tk, context);
+    }
+    let [gate, up, down] = stacks.map(Tensor::into_dispatch);
+    let y = Dispatch::fused_routed_experts(x_th.into_dispatch(), gate, up, down, weights_tk.into_dispatch(), context.clone());
+    Tensor::from_dispatch(y)
+}
+
+/// Mean cross-entropy `[1]` of `softmax(states · wᵀ)` against targets `[t]` (`IGNORE` = not scored); no logits are kept.
+pub fn head_cross_entropy(states_th: Tensor<2>, w_vh: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
+    if !runs_kernels(&states_th.device()) {
+        return plain::cross_entropy(plain::linear(states_th, w_vh), targets);
+    }
+    Tensor::from_dispatch(Dispatch::fused_head_cross_entropy(states_th.into_dispatch(), w_vh.into_dispatch(), targets.clone()))
+}
+
+/// Rows `ids` of `w_vh`: `[t, h]`.
+pub fn embedding(w_vh: Tensor<2>, ids: &Arc<[u32]>) -> Tensor<2> {
+    if !runs_kernels(&w_vh.device()) {
+        return plain::embedding(w_vh, ids);
+    }
+    Tensor::from_dispatch(Dispatch::fused_embedding(w_vh.into_dispatch(), ids.clone()))
+}
+
+/// The values of a tensor on the host, off the tape.
+pub fn host_f32<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
+    let data = x.clone().into_data();
+    data.try_into_vec::<f32>().expect("model tensors are f32")
+}
+
+/// The value of a one-element tensor.
+pub fn scalar(x: &Tensor<1>) -> f32 {
+    host_f32(x)[0]
+}
+
+/// Whether the fused CPU kernels serve this device.
+fn runs_kernels(device: &Device) -> bool {
+    let device = if device.is_autodiff() { device.clone().inner() } else { device.clone() };
+    device == Device::flex()
+}

@@ -1,0 +1,102 @@
+//! The operators in Burn's own tensor operations: slow, differentiable by Burn, and the oracle of the fused ones.
+use std::sync::Arc;
+
+use super::{AttentionContext, ExpertsContext};
+use crate::batch::IGNORE;
+use burn::{
+    prelude::*,
+    tensor::{TensorData, activation},
+};
+
+/// `x · wᵀ`.
+pub fn linear(x_ti: Tensor<2>, w_oi: Tensor<2>) -> Tensor<2> {
+    x_ti.matmul(w_oi.transpose())
+}
+
+/// `x / √(mean(x²) + eps) · w`.
+pub fn rms_norm(x_th: Tensor<2>, w_h: Tensor<1>, eps: f64) -> Tensor<2> {
+    let mean_square_t1 = x_th.clone().square().mean_dim(1);
+    x_th / (mean_square_t1 + eps).sqrt() * w_h.unsqueeze::<2>()
+}
+
+/// `silu(gate) ⊙ up`.
+pub fn swiglu(gate_ti: Tensor<2>, up_ti: Tensor<2>) -> Tensor<2> {
+    activation::silu(gate_ti) * up_ti
+}
+
+/// Rotary positions and causal attention, one document at a time with its full score matrix.
+pub fn rope_attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+    let (n_q, n_kv, d) = (context.shape.q_heads, context.shape.kv_heads, context.shape.head_dim);
+    let documents = context.cu_seqlens.windows(2).filter(|bounds| bounds[1] > bounds[0]).map(|bounds| {
+        let (start, length) = (bounds[0] as usize, (bounds[1] - bounds[0]) as usize);
+        let heads = |x: &Tensor<2>, n: usize| -> Tensor<3> { x.clone().narrow(0, start, length).reshape([length, n, d]).swap_dims(0, 1) };
+        let q_nld = rope(heads(&q, n_q), context);
+        let k_nld = repeat_heads(rope(heads(&k, n_kv), context), n_q / n_kv);
+        let v_nld = repeat_heads(heads(&v, n_kv), n_q / n_kv);
+        let scores_nll = q_nld.matmul(k_nld.swap_dims(1, 2)) / (d as f64).sqrt();
+        let future = Tensor::<2, Bool>::tril_mask([length, length], 0, &q.device());
+        let p_nll = activation::softmax(scores_nll.mask_fill(future.unsqueeze::<3>(), f32::NEG_INFINITY), 2);
+        p_nll.matmul(v_nld).swap_dims(0, 1).reshape([length, n_q * d])
+    });
+    Tensor::cat(documents.collect(), 0)
+}
+
+/// Rotates the pairs (2j, 2j+1) of `x_nld` by its position times θ^(−2j/d).
+fn rope(x_nld: Tensor<3>, context: &AttentionContext) -> Tensor<3> {
+    let [n, length, d] = x_nld.dims();
+    let table = |values: &[f32]| -> Tensor<3> {
+        let data = TensorData::new(values[..length * d / 2].to_vec(), [1, length, d / 2]);
+        Tensor::from_data(data, &x_nld.device())
+    };
+    let (cos, sin) = (table(&context.rope.cos), table(&context.rope.sin));
+    let pairs: Tensor<4> = x_nld.clone().reshape([n, length, d / 2, 2]);
+    let part = |index: usize| -> Tensor<3> { pairs.clone().narrow(3, index, 1).reshape([n, length, d / 2]) };
+    let (even, odd) = (part(0), part(1));
+    let rotated_even = even.clone() * cos.clone() - odd.clone() * sin.clone();
+    let rotated_odd = odd * cos + even * sin;
+    Tensor::<3>::stack::<4>(vec![rotated_even, rotated_odd], 3).reshape([n, length, d])
+}
+
+/// Each head `times` times, one after another.
+fn repeat_heads(x_nld: Tensor<3>, times: usize) -> Tensor<3> {
+    let [n, length, d] = x_nld.dims();
+    x_nld.unsqueeze_dim::<4>(1).repeat_dim(1, times).reshape([n * times, length, d])
+}
+
+/// Every expert on every token, weighted by what routing gave it: exact, and wasteful.
+pub fn routed_experts(x_th: Tensor<2>, [gate, up, down]: [Tensor<3>; 3], weights_tk: Tensor<2>, context: &ExpertsContext) -> Tensor<2> {
+    let [experts, intermediate, hidden] = gate.dims();
+    let [tokens, _] = x_th.dims();
+    let device = x_th.device();
+    let mut y_th = Tensor::zeros([tokens, hidden], &device);
+    for expert in 0..experts {
+        let chosen = context.indices.iter().map(|&index| f32::from(index as usize == expert)).collect::<Vec<_>>();
+        let chosen_tk = Tensor::<2>::from_data(TensorData::new(chosen, [tokens, context.top_k]), &device);
+        let weight_t1 = (weights_tk.clone() * chosen_tk).sum_dim(1);
+        let matrix =
+            |stack: &Tensor<3>, rows: usize, columns: usize| -> Tensor<2> { stack.clone().narrow(0, expert, 1).reshape([rows, columns]) };
+        let inner =
+            swiglu(linear(x_th.clone(), matrix(&gate, intermediate, hidden)), linear(x_th.clone(), matrix(&up, intermediate, hidden)));
+        y_th = y_th + linear(inner, matrix(&down, hidden, intermediate)) * weight_t1;
+    }
+    y_th
+}
+
+/// Mean cross-entropy `[1]` of logits `[t, v]` over the scored targets.
+pub fn cross_entropy(logits_tv: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
+    let device = logits_tv.device();
+    let scored = targets.iter().filter(|&&target| target != IGNORE).count().max(1);
+    let index = targets.iter().map(|&target| target.max(0) as i64).collect::<Vec<_>>();
+    let index_t1 = Tensor::<2, Int>::from_data(TensorData::new(index, [targets.len(), 1]), &device);
+    let mask = targets.iter().map(|&target| f32::from(target != IGNORE)).collect::<Vec<_>>();
+    let mask_t1 = Tensor::<2>::from_data(TensorData::new(mask, [targets.len(), 1]), &device);
+    let log_p_t1 = activation::log_softmax(logits_tv, 1).gather(1, index_t1);
+    (log_p_t1 * mask_t1).sum().neg() / scored as f64
+}
+
+/// Rows `ids` of `w_vh`.
+pub fn embedding(w_vh: Tensor<2>, ids: &Arc<[u32]>) -> Tensor<2> {
+    let index = ids.iter().map(|&id| id as i64).collect::<Vec<_>>();
+    let index_t = Tensor::<1, Int>::from_data(TensorData::new(index, [ids.len()]), &w_vh.device());
+    w_vh.select(0, index_t)
+}

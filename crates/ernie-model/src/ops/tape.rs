@@ -1,0 +1,134 @@
+//! The operators on the autodiff tape: each records what its hand-written backward needs.
+use std::sync::Arc;
+
+use super::{
+    AttentionContext, ExpertsContext,
+    fused::{Fused, FusedKernels},
+};
+use burn::backend::{
+    autodiff::{
+        Autodiff,
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, NodeGuard, Ops, OpsKind},
+    },
+    tensor::FloatTensor,
+};
+use ernie_kernels::experts;
+
+/// A node of the tape: `$name` takes `$inputs` tensors, keeps a `$state`, and computes their gradients from the gradient of its output.
+macro_rules! backward {
+    ($name:ident, $inputs:literal, $state:ty, |$saved:pat_param, $gradient:ident| $gradients:expr) => {
+        #[derive(Debug)]
+        struct $name;
+
+        impl<B: FusedKernels> Backward<B, $inputs> for $name {
+            type State = $state;
+
+            fn backward(self, ops: Ops<Self::State, $inputs>, gradients: &mut Gradients, _: &mut Checkpointer) {
+                let $gradient = gradients.consume::<B>(&ops.node);
+                let $saved = ops.state;
+                let of_inputs: [FloatTensor<B>; $inputs] = $gradients;
+                for (parent, gradient) in ops.parents.into_iter().zip(of_inputs) {
+                    if let Some(parent) = parent {
+                        gradients.register::<B>(parent.id, gradient);
+                    }
+                }
+            }
+        }
+    };
+}
+
+type Pair<B> = [FloatTensor<B>; 2];
+
+backward!(Linear, 2, Pair<B>, |[x, w], dy| B::linear_gradient(x, w, dy));
+backward!(RmsNorm, 2, (Pair<B>, f64), |([x, w], eps), dy| B::rms_norm_gradient(x, w, eps, dy));
+backward!(Swiglu, 2, Pair<B>, |[gate, up], dy| B::swiglu_gradient(gate, up, dy));
+backward!(RopeAttention, 3, ([FloatTensor<B>; 3], FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(qkv, out, lse, context), dy| {
+    B::rope_attention_gradient(qkv, out, &lse, &context, dy)
+});
+backward!(RoutedExperts, 5, ([FloatTensor<B>; 5], Arc<experts::Saved>, ExpertsContext), |(inputs, saved, context), dy| {
+    B::routed_experts_gradient(inputs, &saved, &context, dy)
+});
+backward!(HeadCrossEntropy, 2, Pair<B>, |gradients, dy| gradients.map(|gradient| B::scaled_kernel(gradient, &dy)));
+backward!(Embedding, 1, ([usize; 2], Arc<[u32]>), |(shape, ids), dy| [B::embedding_gradient(shape, &ids, dy)]);
+
+/// Puts `output` on the tape; `state` is only made where a gradient will be asked for.
+fn record<B: FusedKernels, C: CheckpointStrategy, O: Backward<B, N>, const N: usize>(
+    operator: O,
+    inputs: [NodeGuard; N],
+    output: FloatTensor<B>,
+    state: impl FnOnce() -> O::State,
+) -> FloatTensor<Autodiff<B, C>> {
+    match operator.prepare::<C>(inputs).compute_bound().stateful() {
+        OpsKind::Tracked(prepared) => prepared.finish(state(), output),
+        OpsKind::UnTracked(prepared) => prepared.finish(output),
+    }
+}
+
+impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
+    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        let ((x, x_node), (w, w_node)) = (x.into_parts(), w.into_parts());
+        let y = B::linear_kernel(&x, &w);
+        record::<B, C, _, 2>(Linear, [x_node, w_node], y, || [x, w])
+    }
+
+    fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        let ((x, x_node), (w, w_node)) = (x.into_parts(), w.into_parts());
+        let y = B::rms_norm_kernel(&x, &w, eps);
+        record::<B, C, _, 2>(RmsNorm, [x_node, w_node], y, || ([x, w], eps))
+    }
+
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let ((gate, gate_node), (up, up_node)) = (gate.into_parts(), up.into_parts());
+        let y = B::swiglu_kernel(&gate, &up);
+        record::<B, C, _, 2>(Swiglu, [gate_node, up_node], y, || [gate, up])
+    }
+
+    fn fused_rope_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        context: AttentionContext,
+    ) -> FloatTensor<Self> {
+        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
+        let qkv = [q, k, v];
+        let (y, lse) = B::rope_attention_kernel(&qkv, &context);
+        let out = y.clone();
+        record::<B, C, _, 3>(RopeAttention, [q_node, k_node, v_node], y, || (qkv, out, lse, context))
+    }
+
+    fn fused_routed_experts(
+        x: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        context: ExpertsContext,
+    ) -> FloatTensor<Self> {
+        let ((x, x_node), (gate, gate_node), (up, up_node)) = (x.into_parts(), gate.into_parts(), up.into_parts());
+        let ((down, down_node), (weights, weights_node)) = (down.into_parts(), weights.into_parts());
+        let inputs = [x, gate, up, down, weights];
+        let (y, saved) = B::routed_experts_kernel(&inputs, &context);
+        let nodes = [x_node, gate_node, up_node, down_node, weights_node];
+        record::<B, C, _, 5>(RoutedExperts, nodes, y, || (inputs, saved, context))
+    }
+
+    fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<[i32]>) -> FloatTensor<Self> {
+        let ((states, states_node), (w, w_node)) = (states.into_parts(), w.into_parts());
+        // The gradient is a by-product of the forward pass while the logits of a chunk are at hand; without a tape it is not made.
+        match HeadCrossEntropy.prepare::<C>([states_node, w_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prepared) => {
+                let (loss, gradients) = B::head_cross_entropy_with_gradient(&states, &w, &targets);
+                prepared.finish(gradients, loss)
+            }
+            OpsKind::UnTracked(prepared) => prepared.finish(B::head_cross_entropy_kernel(&states, &w, &targets)),
+        }
+    }
+
+    fn fused_embedding(w: FloatTensor<Self>, ids: Arc<[u32]>) -> FloatTensor<Self> {
+        let (w, w_node) = w.into_parts();
+        let y = B::embedding_kernel(&w, &ids);
+        record::<B, C, _, 1>(Embedding, [w_node], y, || (B::matrix_shape(&w), ids))
+    }
+}

@@ -1,0 +1,260 @@
+//! The text decoder: embedding, layers, norm, head, and its losses.
+use std::sync::Arc;
+
+use crate::{
+    attention::Attention, batch::PackedBatch, init::Init, mlp::Mlp, moe::Moe, moe::Routing, mtp::Mtp, norm::RmsNorm, ops,
+    ops::AttentionContext,
+};
+use burn::{module::Param, prelude::*};
+use ernie_checkpoint::Config;
+use ernie_kernels::{attention, rope::RopeTable};
+
+/// The feed-forward half of a layer. Its checkpoint name is `mlp` either way.
+#[derive(Module, Debug)]
+pub enum FeedForward {
+    /// SwiGLU.
+    Dense(Mlp),
+    /// Routed and shared experts.
+    Moe(Moe),
+}
+
+/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Module, Debug)]
+pub struct DecoderLayer {
+    /// Before attention.
+    pub input_layernorm: RmsNorm,
+    /// Attention.
+    pub self_attn: Attention,
+    /// Before the feed-forward block.
+    pub post_attention_layernorm: RmsNorm,
+    /// Dense or MoE.
+    pub mlp: FeedForward,
+}
+
+impl DecoderLayer {
+    /// Layer `layer` of the model: dense or MoE by the configuration's start/end/interval rule.
+    pub fn new(init: &mut Init, config: &Config, layer: usize) -> Self {
+        match &config.moe {
+            Some(moe) if config.is_moe_layer(layer) => {
+                Self::with_feed_forward(init, config, |init| FeedForward::Moe(Moe::new(init, config, moe)))
+            }
+            _ => Self::dense(init, config),
+        }
+    }
+
+    /// A dense layer.
+    pub fn dense(init: &mut Init, config: &Config) -> Self {
+        Self::with_feed_forward(init, config, |init| FeedForward::Dense(Mlp::new(init, config, config.intermediate_size)))
+    }
+
+    fn with_feed_forward(init: &mut Init, config: &Config, mlp: impl FnOnce(&mut Init) -> FeedForward) -> Self {
+        Self {
+            input_layernorm: RmsNorm::new(init, config.hidden_size, config.rms_norm_eps),
+            self_attn: Attention::new(init, config),
+            post_attention_layernorm: RmsNorm::new(init, config.hidden_size, config.rms_norm_eps),
+            mlp: mlp(init),
+        }
+    }
+
+    /// `[t, h]` → `[t, h]`, and how the experts were chosen if this is a MoE layer.
+    pub fn forward(&self, x_th: Tensor<2>, context: &AttentionContext) -> (Tensor<2>, Option<Routing>) {
+        let x_th = x_th.clone() + self.self_attn.forward(self.input_layernorm.forward(x_th), context);
+        let z_th = self.post_attention_layernorm.forward(x_th.clone());
+        match &self.mlp {
+            FeedForward::Dense(mlp) => (x_th + mlp.forward(z_th), None),
+            FeedForward::Moe(moe) => {
+                let (y_th, routing) = moe.forward(z_th);
+                (x_th + y_th, Some(routing))
+            }
+        }
+    }
+}
+
+/// Token embedding.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// `[v, h]`.
+    pub weight: Param<Tensor<2>>,
+}
+
+/// Everything under `model.` in a checkpoint.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding; also the head's weight if tied.
+    pub embed_tokens: Embedding,
+    /// The layers in order.
+    pub layers: Vec<DecoderLayer>,
+    /// Final norm.
+    pub norm: RmsNorm,
+    /// Multi-token prediction, if the model has it.
+    pub mtp: Option<Mtp>,
+}
+
+/// The output head.
+#[derive(Module, Debug)]
+pub struct Head {
+    /// `[v, h]`; none when tied to the embedding.
+    pub weight: Option<Param<Tensor<2>>>,
+    /// `[v]`: only MoE models with `use_bias` have it, as in the released code.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+/// An ERNIE-4.5 language model, dense or mixture of experts.
+#[derive(Module, Debug)]
+pub struct Ernie {
+    /// Decoder.
+    pub model: Decoder,
+    /// Output head.
+    pub lm_head: Head,
+    #[module(skip)]
+    config: Arc<Config>,
+    #[module(skip)]
+    rope: Arc<RopeTable>,
+}
+
+/// Hidden states of a batch and what routing did.
+#[derive(Debug)]
+pub struct Hidden {
+    /// After the final norm, `[t, h]`.
+    pub states_th: Tensor<2>,
+    /// Routing of each MoE layer, with its layer index.
+    pub routing: Vec<(usize, Routing)>,
+}
+
+/// Weights of the terms of the training loss; 0 leaves a term out.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct LossWeights {
+    /// Of the balance loss, averaged over MoE layers.
+    pub balance: f64,
+    /// Of the router's z-loss, averaged over MoE layers.
+    pub z: f64,
+    /// Of the multi-token-prediction loss.
+    pub mtp: f64,
+}
+
+/// The training loss of a batch and its parts.
+#[derive(Debug)]
+pub struct Losses {
+    /// Weighted sum, on the tape, `[1]`.
+    pub total: Tensor<1>,
+    /// Mean cross-entropy in nats.
+    pub cross_entropy: f32,
+    /// Mean cross-entropy of multi-token prediction, if the model has it and its weight is not 0.
+    pub mtp: Option<f32>,
+    /// Mean balance loss over MoE layers.
+    pub balance: Option<f32>,
+    /// Mean z-loss over MoE layers.
+    pub z: Option<f32>,
+    /// Tokens per expert for each MoE layer: (layer, `[e]`).
+    pub usage: Vec<(usize, Vec<u64>)>,
+}
+
+impl Ernie {
+    /// A model with random weights; the same seed gives the same bits.
+    pub fn init(config: &Config, device: &Device, seed: u64) -> Self {
+        Self::with_init(config, &mut Init::new(device, seed, config.initializer_range, config.num_hidden_layers))
+    }
+
+    /// A model whose parameters are drawn from `init`.
+    pub(crate) fn with_init(config: &Config, init: &mut Init) -> Self {
+        let (v, h) = (config.vocab_size, config.hidden_size);
+        let model = Decoder {
+            embed_tokens: Embedding { weight: init.normal([v, h], init.std) },
+            layers: (0..config.num_hidden_layers).map(|layer| DecoderLayer::new(init, config, layer)).collect(),
+            norm: RmsNorm::new(init, h, config.rms_norm_eps),
+            mtp: (config.num_nextn_predict_layers > 0).then(|| Mtp::new(init, config)),
+        };
+        let lm_head = Head {
+            weight: (!config.tie_word_embeddings).then(|| init.normal([v, h], init.std)),
+            bias: (config.use_bias && config.moe.is_some()).then(|| init.constant([v], 0.0)),
+        };
+        let rope = RopeTable::new(config.rope_theta, config.head_dim, 0);
+        Self { model, lm_head, config: Arc::new(config.clone()), rope: Arc::new(rope) }
+    }
+
+    /// The configuration the model was made from.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Makes the rotary table cover documents of up to `positions` tokens. [`Ernie::forward`] asserts that it does.
+    pub fn reserve_positions(&mut self, positions: usize) {
+        if self.rope.positions() < positions {
+            self.rope = Arc::new(RopeTable::new(self.config.rope_theta, self.config.head_dim, positions));
+        }
+    }
+
+    /// Hidden states of a packed batch.
+    ///
+    /// # Panics
+    /// If a document is longer than [`Ernie::reserve_positions`] allowed, or an id is not below the vocabulary size.
+    pub fn forward(&self, batch: &PackedBatch) -> Hidden {
+        let context = self.attention_context(batch);
+        let mut x_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
+        let mut routing = Vec::new();
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            let (y_th, chosen) = layer.forward(x_th, &context);
+            x_th = y_th;
+            routing.extend(chosen.map(|routing| (index, routing)));
+        }
+        Hidden { states_th: self.model.norm.forward(x_th), routing }
+    }
+
+    /// Logits `[t, v]` of hidden states `[t, h]`.
+    pub fn logits(&self, states_th: Tensor<2>) -> Tensor<2> {
+        let logits_tv = ops::linear(states_th, self.head_weight());
+        match &self.lm_head.bias {
+            Some(bias) => logits_tv + bias.val().unsqueeze::<2>(),
+            None => logits_tv,
+        }
+    }
+
+    /// Mean cross-entropy of the scored positions, on the tape, `[1]`; the logits are never all in memory unless the head has a bias.
+    pub fn cross_entropy(&self, states_th: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
+        match &self.lm_head.bias {
+            Some(_) => ops::plain::cross_entropy(self.logits(states_th), targets),
+            None => ops::head_cross_entropy(states_th, self.head_weight(), targets),
+        }
+    }
+
+    fn head_weight(&self) -> Tensor<2> {
+        self.lm_head.weight.as_ref().unwrap_or(&self.model.embed_tokens.weight).val()
+    }
+
+    /// The training loss `CE + Σ weight·term` of a batch.
+    pub fn loss(&self, batch: &PackedBatch, weights: &LossWeights) -> Losses {
+        let hidden = self.forward(batch);
+        let mut total = self.cross_entropy(hidden.states_th.clone(), &batch.targets);
+        let cross_entropy = ops::scalar(&total);
+        let mut mtp = None;
+        if let Some(block) = self.model.mtp.as_ref().filter(|_| weights.mtp != 0.0) {
+            let next = batch.shifted();
+            let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &next.ids);
+            let states_th = self.model.norm.forward(block.forward(embedding_th, hidden.states_th, &self.attention_context(batch)));
+            let term = self.cross_entropy(states_th, &next.targets);
+            mtp = Some(ops::scalar(&term));
+            total = total + term * weights.mtp;
+        }
+        let layers = hidden.routing.len() as f64;
+        let mut add = |weight: f64, term: fn(&Routing) -> Tensor<1>| {
+            let sum = hidden.routing.iter().map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
+            let mean = sum / layers;
+            let value = ops::scalar(&mean);
+            if weight != 0.0 {
+                total = total.clone() + mean * weight;
+            }
+            Some(value)
+        };
+        let balance = add(weights.balance, Routing::balance_loss);
+        let z = add(weights.z, Routing::z_loss);
+        let usage = hidden.routing.iter().map(|(layer, routing)| (*layer, routing.usage())).collect();
+        Losses { total, cross_entropy, mtp, balance, z, usage }
+    }
+
+    fn attention_context(&self, batch: &PackedBatch) -> AttentionContext {
+        let config = &self.config;
+        let shape =
+            attention::Shape { q_heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim };
+        AttentionContext { shape, cu_seqlens: batch.cu_seqlens.clone(), rope: self.rope.clone() }
+    }
+}
