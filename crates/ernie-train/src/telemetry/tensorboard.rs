@@ -200,7 +200,7 @@ mod tests {
                 }
             }
             let crc = !crc;
-            ((crc >> 15) | (crc << 17)).wrapping_add(0xa282_ead8)
+            crc.rotate_right(15).wrapping_add(0xa282_ead8)
         };
         let raw = std::fs::read(path).unwrap();
         let (mut rest, mut records) = (raw.as_slice(), Vec::new());
@@ -252,7 +252,7 @@ mod tests {
         std::fs::write(&foreign, b"").unwrap();
         let (first, _) = EventWriter::create(dir.path(), 7.0).unwrap();
         let (mut second, older) = EventWriter::create(dir.path(), 7.0).unwrap();
-        assert_eq!(older, [first.path.clone()]);
+        assert_eq!(older, std::slice::from_ref(&first.path));
         assert!(second.path > first.path);
         second.remove(&older).unwrap();
         assert!(!first.path.exists() && second.path.exists() && foreign.exists());
