@@ -3,9 +3,13 @@
 //!
 //! **Batch invariance**: a token's values are the same bits whether it comes alone or among others (see [`crate::arch::dot`]), so a request's tokens
 //! depend neither on the batch nor on how its prompt is cut into chunks.
-use crate::arch::dot::{self, Sizes, Strides, Weight};
 use half::bf16;
 use rayon::prelude::*;
+
+use crate::arch::dot::{self, Sizes, Strides, Weight};
+use crate::arch::exp::exp;
+use crate::arch::isa::{LANES, mul_add, simd_fn};
+use crate::scratch::Scratch;
 
 /// Below this many multiply-adds a second thread costs more than it saves (waking one takes some microseconds).
 const PARALLEL_WORK: usize = 1 << 19;
@@ -81,7 +85,7 @@ fn products<W: Weight>(y: &mut [f32], x: &[f32], w: &[W], sizes: Sizes) {
     // With several tokens a piece of rows is read again for each few of them: keep it within the second-level cache.
     let rows = rows.min((PANEL_BYTES / (k * size_of::<W>()).max(1)).next_multiple_of(8));
     // Each piece of rows fills its own part of yᵀ: [n, m]; then y is that, turned.
-    let mut turned = vec![0.0f32; m * n];
+    let mut turned = Scratch::take(m * n);
     turned.par_chunks_mut(rows * m).zip(w.par_chunks(rows * k)).for_each(|(piece, w)| {
         dot::panel(piece, Strides { token: 1, row: m }, x, w, Sizes { m, n: piece.len() / m, k });
     });
@@ -159,15 +163,15 @@ fn attend_block(q: &[f32], keys: &[f32], values: &[f32], start: usize, rows: usi
     dot::panel(&mut scores, Strides { token: seen, row: 1 }, q, &keys[..seen * d], Sizes { m: queries, n: seen, k: d });
     let scale = 1.0 / (d as f32).sqrt();
     for (query, row) in scores.chunks_exact_mut(seen).enumerate() {
-        dot::softmax(&mut row[..start + query / group + 1], scale);
+        softmax(&mut row[..start + query / group + 1], scale);
     }
     // All rows see positions 0..=start: summed together; what only later rows see follows row by row, in the same ascending order.
     let mut out = vec![0.0f32; queries * d];
     let shared = start + 1;
-    dot::weighted_sum(&mut out, &scores, seen, &values[..shared * d], shared, d);
+    weighted_sum(&mut out, &scores, seen, &values[..shared * d], shared, d);
     for row in 1..rows {
         let own = row * group;
-        dot::weighted_sum(
+        weighted_sum(
             &mut out[own * d..(own + group) * d],
             &scores[own * seen + shared..(own + group - 1) * seen + shared + row],
             seen,
@@ -177,6 +181,67 @@ fn attend_block(q: &[f32], keys: &[f32], values: &[f32], start: usize, rows: usi
         );
     }
     out
+}
+
+simd_fn! {
+    /// Softmax of `scale · s` in place over one row: the maximum first, then exponentials and their sum, in lanes of fixed number.
+    fn softmax<FMA>(s: &mut [f32], scale: f32) {
+        let blocks = s.len() / LANES * LANES;
+        let mut maxima = [f32::NEG_INFINITY; LANES];
+        for block in s[..blocks].chunks_exact(LANES) {
+            for lane in 0..LANES {
+                maxima[lane] = if block[lane] > maxima[lane] { block[lane] } else { maxima[lane] };
+            }
+        }
+        let max = maxima.iter().chain(&s[blocks..]).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        let mut sums = [0.0f32; LANES];
+        for block in s[..blocks].chunks_exact_mut(LANES) {
+            for lane in 0..LANES {
+                block[lane] = exp::<FMA>((block[lane] - max) * scale);
+                sums[lane] += block[lane];
+            }
+        }
+        for (lane, value) in s[blocks..].iter_mut().enumerate() {
+            *value = exp::<FMA>((*value - max) * scale);
+            sums[lane] += *value;
+        }
+        let inverse = 1.0 / sums.iter().sum::<f32>();
+        for value in s {
+            *value *= inverse;
+        }
+    }
+}
+
+simd_fn! {
+    /// `out[j, :] += Σ_p weights[j, p] · rows[p, :]`, p ascending, one accumulator for each value: `out: [m, d]`, the rows of `weights`
+    /// `weight_stride` apart, `rows: [n, d]`.
+    fn weighted_sum<FMA>(out: &mut [f32], weights: &[f32], weight_stride: usize, rows: &[f32], n: usize, d: usize) {
+        /// Columns that stay in registers while the rows go by.
+        const COLUMNS: usize = 64;
+        for (j, out) in out.chunks_exact_mut(d).enumerate() {
+            let weights = &weights[j * weight_stride..][..n];
+            let mut start = 0;
+            while start + COLUMNS <= d {
+                let out: &mut [f32; COLUMNS] = (&mut out[start..start + COLUMNS]).try_into().expect("COLUMNS of them");
+                let mut sums = *out;
+                for (&weight, row) in weights.iter().zip(rows.chunks_exact(d)) {
+                    let row: &[f32; COLUMNS] = row[start..start + COLUMNS].try_into().expect("COLUMNS of them");
+                    for i in 0..COLUMNS {
+                        sums[i] = mul_add::<FMA>(weight, row[i], sums[i]);
+                    }
+                }
+                *out = sums;
+                start += COLUMNS;
+            }
+            if start < d {
+                for (&weight, row) in weights.iter().zip(rows.chunks_exact(d)) {
+                    for (o, &value) in out[start..].iter_mut().zip(&row[start..]) {
+                        *o = mul_add::<FMA>(weight, value, *o);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// The same operators as plain loops, with sums in f64: what the fast ones are tested against.
@@ -221,22 +286,13 @@ pub mod scalar {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn values(len: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        (0..len)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
+    use crate::testing::Random;
 
     /// (5, 530, 257) is beyond `PARALLEL_WORK`, and so is (1, 4100, 130).
     #[test]
     fn linear_equals_its_twin_and_never_depends_on_the_batch() {
         for (m, n, k) in [(1, 3, 5), (4, 9, 40), (5, 530, 257), (1, 4100, 130)] {
-            let (x, w, bias) = (values(m * k, 1), values(n * k, 2), values(n, 3));
+            let (x, w, bias) = (Random::new(1).vec(m * k, 1.0), Random::new(2).vec(n * k, 1.0), Random::new(3).vec(n, 1.0));
             let half: Vec<bf16> = w.iter().map(|&v| bf16::from_f32(v)).collect();
             for weights in [WeightsRef::F32(&w), WeightsRef::Bf16(&half)] {
                 for bias in [None, Some(bias.as_slice())] {
@@ -263,8 +319,8 @@ mod tests {
             [(1, 1, 4, 3, 3), (4, 2, 16, 21, 32), (3, 1, 6, 9, 12), (6, 6, 64, 17, 20), (8, 2, 96, 60, 64)]
         {
             let shape = CacheShape { q_heads, kv_heads, head_dim, capacity };
-            let q: Vec<f32> = values(tokens * q_heads * head_dim, 1).iter().map(|v| v * 4.0).collect();
-            let (k, v) = (values(kv_heads * capacity * head_dim, 2), values(kv_heads * capacity * head_dim, 3));
+            let q = Random::new(1).vec(tokens * q_heads * head_dim, 4.0);
+            let (k, v) = (Random::new(2).vec(kv_heads * capacity * head_dim, 1.0), Random::new(3).vec(kv_heads * capacity * head_dim, 1.0));
             let (mut fast, mut slow) = (vec![0.0; q.len()], vec![0.0; q.len()]);
             attention(&mut fast, &q, &k, &v, 0, shape);
             scalar::attention(&mut slow, &q, &k, &v, 0, shape);
@@ -280,6 +336,37 @@ mod tests {
                 }
                 assert_eq!(chunked, fast, "{shape:?} in chunks of {chunk}");
             }
+        }
+    }
+
+    #[test]
+    fn softmax_equals_the_exact_one() {
+        for len in [1, 2, 31, 32, 33, 100] {
+            let scores = Random::new(4).vec(len, 60.0);
+            let mut got = scores.clone();
+            softmax(&mut got, 0.7);
+            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let exact: Vec<f64> = scores.iter().map(|&s| (f64::from(s - max) * 0.7).exp()).collect();
+            let sum: f64 = exact.iter().sum();
+            for (g, e) in got.iter().zip(exact) {
+                assert!((f64::from(*g) - e / sum).abs() <= 2e-6, "{len}: {g} for {}", e / sum);
+            }
+        }
+        let mut with_nan = [1.0, f32::NAN, 2.0];
+        softmax(&mut with_nan, 1.0);
+        assert!(with_nan.iter().all(|v| v.is_nan()), "a NaN must show, not vanish");
+    }
+
+    #[test]
+    fn weighted_sum_continues_bit_for_bit() {
+        for (m, n, d) in [(1, 1, 1), (2, 9, 5), (3, 40, 64), (4, 33, 128), (1, 17, 100)] {
+            let (weights, rows) = (Random::new(5).vec(m * n, 1.0), Random::new(6).vec(n * d, 1.0));
+            let (mut whole, mut parts) = (vec![0.0; m * d], vec![0.0; m * d]);
+            weighted_sum(&mut whole, &weights, n, &rows, n, d);
+            let split = n / 2;
+            weighted_sum(&mut parts, &weights, n, &rows[..split * d], split, d);
+            weighted_sum(&mut parts, &weights[split..], n, &rows[split * d..], n - split, d);
+            assert_eq!(whole, parts, "[{m}, {n}, {d}]");
         }
     }
 }
