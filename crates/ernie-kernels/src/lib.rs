@@ -16,6 +16,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod router;
 mod scratch;
+mod softmax;
 pub mod swiglu;
 #[cfg(test)]
 mod testing;

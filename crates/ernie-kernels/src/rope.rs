@@ -68,6 +68,20 @@ pub fn apply_interleaved(x: &mut [f32], table: &RopeTable, heads: usize, pos_of_
     });
 }
 
+/// `rotated` = x with every head rotated forwards, row i by the angles of `positions[i]`.
+pub(crate) fn rotate_into(rotated: &mut [f32], x: &[f32], table: &RopeTable, heads: usize, positions: &[u32]) {
+    let width = heads * table.head_dim();
+    assert!(rotated.len() == positions.len() * width && x.len() == rotated.len());
+    let rows = width * ROWS_PER_TASK;
+    rotated.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(positions.par_chunks(ROWS_PER_TASK)).for_each(|((rotated, x), positions)| {
+        rotated.copy_from_slice(x);
+        for (row, &position) in rotated.chunks_exact_mut(width).zip(positions) {
+            let (cos, sin) = table.row(position as usize);
+            rotate(row, cos, sin, 1.0);
+        }
+    });
+}
+
 simd_fn! {
     fn rotate<FMA>(row: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
         for head in row.chunks_exact_mut(2 * cos.len()) {

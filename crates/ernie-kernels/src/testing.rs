@@ -35,11 +35,12 @@ impl Random {
     }
 }
 
-/// Asserts that each difference is at most `tolerance` times the largest magnitude expected.
+/// Asserts that each difference is at most `tolerance` times the largest magnitude expected, taken as 0.01 where all are smaller (gradients
+/// that cancel to nothing leave the rounding of their terms).
 #[track_caller]
 pub fn assert_close(name: &str, got: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(got.len(), expected.len(), "{name}: lengths");
-    let scale = expected.iter().fold(1e-6f32, |a, x| a.max(x.abs()));
+    let scale = expected.iter().fold(1e-2f32, |a, x| a.max(x.abs()));
     for (i, (g, e)) in got.iter().zip(expected).enumerate() {
         assert!((g - e).abs() <= tolerance * scale, "{name}[{i}]: got {g}, expected {e}, allowed {}", tolerance * scale);
     }

@@ -33,6 +33,23 @@ impl<'a> Mat<'a> {
         Mat { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The rows `range`.
+    pub fn rows_of(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let start = (range.start * self.row_stride).min(self.data.len());
+        Mat { data: &self.data[start..], rows: range.len(), ..*self }
+    }
+
     /// One row of a matrix that has not been transposed.
     pub fn row(&self, i: usize) -> &'a [f32] {
         assert!(i < self.rows && self.col_stride == 1);
@@ -83,13 +100,15 @@ impl<'a> MatMut<'a> {
         tiles
     }
 
-    /// The rows `range`, borrowed from this matrix.
-    pub fn rows(&mut self, range: Range<usize>) -> MatMut<'_> {
-        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
-        let offset = if range.is_empty() { 0 } else { range.start * self.row_stride };
-        // SAFETY: range.start < self.rows when the range is not empty, so the offset lies within the matrix.
+    /// Rows `rows` and columns `cols`, borrowed from this matrix.
+    pub fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        let empty = rows.is_empty() || cols.is_empty();
+        let offset = if empty { 0 } else { rows.start * self.row_stride + cols.start };
+        // SAFETY: unless the block is empty its first element lies within the matrix.
         let start = unsafe { self.start.add(offset) };
-        MatMut { start, rows: range.len(), cols: self.cols, row_stride: self.row_stride, borrow: PhantomData }
+        MatMut { start, rows: rows.len(), cols: cols.len(), row_stride: self.row_stride, borrow: PhantomData }
     }
 
     /// One row.

@@ -1,0 +1,102 @@
+//! Attention and its gradient by plain loops in f64, the whole row of scores at a time.
+
+use super::{Shape, positions};
+use crate::rope::RopeTable;
+use crate::rope::scalar::apply_interleaved;
+
+/// Results of [`forward`].
+pub struct Forward {
+    /// [t, qh·d].
+    pub out: Vec<f64>,
+    /// [qh, t].
+    pub lse: Vec<f64>,
+}
+
+/// Results of [`backward`].
+pub struct Backward {
+    /// [t, qh·d].
+    pub dq: Vec<f64>,
+    /// [t, kvh·d].
+    pub dk: Vec<f64>,
+    /// [t, kvh·d].
+    pub dv: Vec<f64>,
+}
+
+/// See [`forward`](super::forward).
+pub fn forward(q: &[f64], k: &[f64], v: &[f64], cu_seqlens: &[u32], table: &RopeTable, shape: Shape) -> Forward {
+    let positions = positions(cu_seqlens);
+    let (t, d) = (positions.len(), shape.head_dim);
+    let mut result = Forward { out: vec![0.0; q.len()], lse: vec![0.0; shape.q_heads * t] };
+    let (q, k) = rotated(q, k, &positions, table, shape);
+    for head in 0..shape.q_heads {
+        for row in 0..t {
+            let (scores, first) = scores(&q, &k, head, row, &positions, shape);
+            let sum: f64 = scores.iter().map(|s| s.exp()).sum();
+            result.lse[head * t + row] = sum.ln();
+            for (j, score) in scores.iter().enumerate() {
+                let v = kv_row(v, head, first + j, shape);
+                for i in 0..d {
+                    result.out[row * shape.q_width() + head * d + i] += score.exp() / sum * v[i];
+                }
+            }
+        }
+    }
+    result
+}
+
+/// See [`backward`](super::backward).
+pub fn backward(q: &[f64], k: &[f64], v: &[f64], dout: &[f64], cu_seqlens: &[u32], table: &RopeTable, shape: Shape) -> Backward {
+    let positions = positions(cu_seqlens);
+    let (t, d) = (positions.len(), shape.head_dim);
+    let scale = 1.0 / (d as f64).sqrt();
+    let (q_rotated, k_rotated) = rotated(q, k, &positions, table, shape);
+    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    for head in 0..shape.q_heads {
+        for row in 0..t {
+            let (scores, first) = scores(&q_rotated, &k_rotated, head, row, &positions, shape);
+            let sum: f64 = scores.iter().map(|s| s.exp()).sum();
+            let p: Vec<f64> = scores.iter().map(|s| s.exp() / sum).collect();
+            let q_at = row * shape.q_width() + head * d;
+            let dp: Vec<f64> = (0..p.len())
+                .map(|j| {
+                    let v = kv_row(v, head, first + j, shape);
+                    (0..d).map(|i| dout[q_at + i] * v[i]).sum()
+                })
+                .collect();
+            let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+            for j in 0..p.len() {
+                let kv_at = (first + j) * shape.kv_width() + head / shape.group() * d;
+                let ds = p[j] * (dp[j] - mean) * scale;
+                for i in 0..d {
+                    dq[q_at + i] += ds * k_rotated[kv_at + i];
+                    dk[kv_at + i] += ds * q_rotated[q_at + i];
+                    dv[kv_at + i] += p[j] * dout[q_at + i];
+                }
+            }
+        }
+    }
+    let position = |row: usize| positions[row] as usize;
+    Backward {
+        dq: apply_interleaved(&dq, table, shape.q_heads, position, true),
+        dk: apply_interleaved(&dk, table, shape.kv_heads, position, true),
+        dv,
+    }
+}
+
+fn rotated(q: &[f64], k: &[f64], positions: &[u32], table: &RopeTable, shape: Shape) -> (Vec<f64>, Vec<f64>) {
+    let position = |row: usize| positions[row] as usize;
+    (apply_interleaved(q, table, shape.q_heads, position, false), apply_interleaved(k, table, shape.kv_heads, position, false))
+}
+
+/// The scaled scores of one query, and the row of the first key they belong to.
+fn scores(q: &[f64], k: &[f64], head: usize, row: usize, positions: &[u32], shape: Shape) -> (Vec<f64>, usize) {
+    let d = shape.head_dim;
+    let first = row - positions[row] as usize;
+    let q = &q[row * shape.q_width() + head * d..][..d];
+    let score = |j: usize| q.iter().zip(kv_row(k, head, j, shape)).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
+    ((first..=row).map(score).collect(), first)
+}
+
+fn kv_row(x: &[f64], q_head: usize, row: usize, shape: Shape) -> &[f64] {
+    &x[row * shape.kv_width() + q_head / shape.group() * shape.head_dim..][..shape.head_dim]
+}
