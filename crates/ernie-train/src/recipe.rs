@@ -1,1 +1,543 @@
-//! recipe
+//! A run is one full recipe: a typed TOML file in which every key is known, checked once before training starts.
+//!
+//! [`Recipe::from_file`] refuses unknown keys (naming the line and the nearest valid key), and [`Recipe::validate`]
+//! refuses values that could not train, each message saying what to change.
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+use crate::data::sources::Format;
+
+/// What is wrong with a recipe.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be read.
+    #[error("cannot read the recipe {path}: {source}")]
+    Read {
+        /// The recipe's path.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, a missing key, or a value of the wrong type.
+    #[error("{path}, line {line}: {message}{hint}")]
+    Parse {
+        /// The recipe's path.
+        path: PathBuf,
+        /// One-based line of the key or value.
+        line: usize,
+        /// The parser's message.
+        message: String,
+        /// " (did you mean `x`?)", or empty.
+        hint: String,
+    },
+    /// A value that cannot be trained with.
+    #[error("recipe key `{key}`: {problem}; {fix}")]
+    Invalid {
+        /// The dotted key.
+        key: String,
+        /// What is wrong, with the numbers.
+        problem: String,
+        /// What to do.
+        fix: String,
+    },
+}
+
+fn invalid(key: impl Into<String>, problem: impl Into<String>, fix: impl Into<String>) -> Error {
+    Error::Invalid { key: key.into(), problem: problem.into(), fix: fix.into() }
+}
+
+/// A complete training run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Length, output and rhythm of the run.
+    pub run: Run,
+    /// The network in the form of `config.json`; read it with `ernie_checkpoint::Config::from_json`.
+    pub model: serde_json::Value,
+    /// The tokenizer to train, or the one to use.
+    pub tokenizer: Tokenizer,
+    /// Sources, mixture and batch shape.
+    pub data: Data,
+    /// AdamW.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// Learning rate over the run.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Auxiliary losses of the router and of multi-token prediction.
+    #[serde(default)]
+    pub loss: Loss,
+}
+
+/// `[run]`: length, output and rhythm of the run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// Name of the run, shown in logs.
+    pub name: String,
+    /// Seed of the weights, the data order and the tokenizer's sample.
+    #[serde(default)]
+    pub seed: u64,
+    /// Directory for checkpoints, metrics and the finished model.
+    pub out: PathBuf,
+    /// Optimizer steps; give this or `tokens`.
+    pub steps: Option<u64>,
+    /// Training tokens, rounded up to whole steps; give this or `steps`.
+    pub tokens: Option<u64>,
+    /// Steps between validations.
+    #[serde(default = "default_validate_every")]
+    pub validate_every: u64,
+    /// Tokens scored per validation, shared equally by the sources.
+    #[serde(default = "default_validate_tokens")]
+    pub validate_tokens: u64,
+    /// Steps between checkpoints.
+    #[serde(default = "default_checkpoint_every")]
+    pub checkpoint_every: u64,
+    /// Checkpoints kept; older ones are deleted.
+    #[serde(default = "default_keep_last")]
+    pub keep_last: usize,
+    /// Steps between logged metrics.
+    #[serde(default = "default_log_every")]
+    pub log_every: u64,
+    /// Worker threads; all cores when absent.
+    pub threads: Option<usize>,
+}
+
+fn default_validate_every() -> u64 {
+    200
+}
+fn default_validate_tokens() -> u64 {
+    65_536
+}
+fn default_checkpoint_every() -> u64 {
+    200
+}
+fn default_keep_last() -> usize {
+    2
+}
+fn default_log_every() -> u64 {
+    10
+}
+
+/// `[tokenizer]`: train a byte-fallback BPE on the mixture, or use an existing tokenizer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenizer {
+    /// Pieces in all, with the 5 special and the 256 byte tokens; must equal the model's `vocab_size`.
+    pub vocab_size: usize,
+    /// Directory of an existing tokenizer (tokenizer.json); nothing is trained then.
+    pub path: Option<PathBuf>,
+    /// Bytes of text sampled from the mixture, by weight, to train on.
+    #[serde(default = "default_train_bytes")]
+    pub train_bytes: u64,
+    /// Share of the sampled characters that get a piece of their own; the rest are spelled in bytes.
+    #[serde(default = "default_character_coverage")]
+    pub character_coverage: f64,
+    /// Longest piece in characters.
+    #[serde(default = "default_max_piece_chars")]
+    pub max_piece_chars: usize,
+}
+
+fn default_train_bytes() -> u64 {
+    16 << 20
+}
+fn default_character_coverage() -> f64 {
+    0.9995
+}
+fn default_max_piece_chars() -> usize {
+    16
+}
+
+/// `[data]`: where text comes from and how batches are shaped.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Folder the sources' paths start from; `--data` and the environment variable ERNIE_DATA come before it.
+    pub root: Option<PathBuf>,
+    /// Where tokenised shards are kept; `<run.out>/cache` when absent.
+    pub cache: Option<PathBuf>,
+    /// Tokens per sequence.
+    pub sequence_length: usize,
+    /// Sequences per micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches per optimizer step.
+    #[serde(default = "default_accumulation")]
+    pub gradient_accumulation: usize,
+    /// Share of documents kept out of training, chosen by document hash.
+    #[serde(default = "default_validation_fraction")]
+    pub validation_fraction: f64,
+    /// The sources (`[[data.source]]`).
+    #[serde(default)]
+    pub source: Vec<Source>,
+}
+
+fn default_accumulation() -> usize {
+    1
+}
+fn default_validation_fraction() -> f64 {
+    0.02
+}
+
+/// `[[data.source]]`: one corpus.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Name in reports and metrics, unique in the recipe.
+    pub name: String,
+    /// How its files are read.
+    pub format: Format,
+    /// Files, folders or patterns (`*` within a name, `**` across folders), relative to the data root.
+    pub paths: Vec<String>,
+    /// Patterns of files to leave out.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+    /// Share of the training tokens relative to the other sources' weights.
+    pub weight: f64,
+    /// Stop drawing from this source after so many passes.
+    pub epochs_max: Option<f64>,
+    /// Licence of the text, for the model card.
+    pub licence: String,
+    /// Whether the text has question and answer pairs that go in as dialogues under the chat template
+    /// (formats that have both prose and questions); dialogue formats always use the template.
+    #[serde(default)]
+    pub template: bool,
+}
+
+/// `[optimizer]`: AdamW with decoupled decay, as in `torch.optim.AdamW`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay of matrices; norms and biases have none.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0 turns clipping off.
+    pub clip_norm: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { lr: 2e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1.0 }
+    }
+}
+
+/// The shape of the learning rate over the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Warm-up, stable, decay (arXiv 2404.06395).
+    Wsd,
+    /// Warm-up, then half a cosine.
+    Cosine,
+    /// Warm-up, then constant.
+    Constant,
+}
+
+/// `[schedule]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// The shape.
+    pub kind: ScheduleKind,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Share of the run spent decaying (wsd only).
+    pub decay_fraction: f64,
+    /// Last learning rate over the peak.
+    pub min_lr_ratio: f64,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self { kind: ScheduleKind::Wsd, warmup_steps: 100, decay_fraction: 0.2, min_lr_ratio: 0.05 }
+    }
+}
+
+/// `[loss]`: weights of the auxiliary terms; 0 turns a term off.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Loss {
+    /// Load balance, E·Σ mean probability·fraction of tokens.
+    pub balance: f64,
+    /// Mean of the squared log-sum-exp of the router's logits.
+    pub z_loss: f64,
+    /// Orthogonality of the router's rows.
+    pub orthogonality: f64,
+    /// Step of the selection bias after each optimizer step: bias += rate·sign(mean use − use).
+    pub bias_update_rate: f64,
+    /// Weight of the multi-token-prediction loss.
+    pub mtp_weight: f64,
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self { balance: 1e-2, z_loss: 1e-4, orthogonality: 1e-3, bias_update_rate: 1e-3, mtp_weight: 0.1 }
+    }
+}
+
+/// What the machine and the model allow, for [`Recipe::validate`].
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Bytes of memory that training may use.
+    pub memory_bytes: u64,
+}
+
+impl Limits {
+    /// The memory this machine has free now (`MemAvailable` of /proc/meminfo), or 8 GiB where that cannot be read.
+    pub fn of_this_machine(parameters: u64) -> Self {
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kib =
+            meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        Self { parameters, memory_bytes: kib.map_or(8 << 30, |k| k << 10) }
+    }
+}
+
+impl Recipe {
+    /// Reads and parses a recipe; see [`Recipe::from_toml`].
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
+        Self::from_toml(&text, path)
+    }
+
+    /// Parses a recipe; `origin` names it in errors. Unknown keys are refused with the nearest valid one.
+    pub fn from_toml(text: &str, origin: &Path) -> Result<Self, Error> {
+        toml::from_str(text).map_err(|error| {
+            let start = error.span().map_or(0, |span| span.start.min(text.len()));
+            let line = text.as_bytes()[..start].iter().filter(|&&b| b == b'\n').count() + 1;
+            let message = error.message().to_owned();
+            let hint = nearest_key(&message).map_or(String::new(), |key| format!(" (did you mean `{key}`?)"));
+            Error::Parse { path: origin.into(), line, message, hint }
+        })
+    }
+
+    /// Tokens per optimizer step.
+    pub fn tokens_per_step(&self) -> u64 {
+        (self.data.sequence_length * self.data.batch_size * self.data.gradient_accumulation) as u64
+    }
+
+    /// Optimizer steps of the run: `run.steps`, or `run.tokens` rounded up to whole steps.
+    pub fn total_steps(&self) -> u64 {
+        match (self.run.steps, self.run.tokens) {
+            (Some(steps), _) => steps,
+            (None, Some(tokens)) => tokens.div_ceil(self.tokens_per_step().max(1)),
+            (None, None) => 0,
+        }
+    }
+
+    /// The folder the sources' paths start from: `given` (the `--data` flag), else ERNIE_DATA, else `data.root`.
+    pub fn data_root(&self, given: Option<&Path>) -> Result<PathBuf, Error> {
+        let root = given
+            .map(Path::to_path_buf)
+            .or_else(|| std::env::var_os("ERNIE_DATA").map(PathBuf::from))
+            .or_else(|| self.data.root.clone())
+            .ok_or_else(|| {
+                invalid("data.root", "no data folder is named", "pass --data DIR, set ERNIE_DATA, or give `root` under [data]")
+            })?;
+        if !root.is_dir() {
+            let problem = format!("{} is not a folder", root.display());
+            return Err(invalid("data.root", problem, "pass --data DIR, set ERNIE_DATA, or correct `root` under [data]"));
+        }
+        Ok(root)
+    }
+
+    /// Where tokenised shards are kept.
+    pub fn cache_dir(&self) -> PathBuf {
+        self.data.cache.clone().unwrap_or_else(|| self.run.out.join("cache"))
+    }
+
+    /// Bytes a training step needs, roughly: 16 per parameter (weight, gradient, two moments) and, per token of a
+    /// micro-batch and layer, what the backward pass keeps (attention's and the feed-forward's inputs and outputs).
+    pub fn estimated_memory(&self, parameters: u64) -> u64 {
+        let field = |name: &str| self.model.get(name).and_then(serde_json::Value::as_u64);
+        let hidden = field("hidden_size").unwrap_or(0);
+        let layers = field("num_hidden_layers").unwrap_or(0);
+        let feed_forward = match (field("moe_intermediate_size"), field("moe_k")) {
+            (Some(width), Some(k)) => width * (k + field("moe_num_shared_experts").unwrap_or(0)),
+            _ => field("intermediate_size").unwrap_or(4 * hidden),
+        };
+        let tokens = (self.data.sequence_length * self.data.batch_size) as u64;
+        let per_token_layer = 4 * (12 * hidden + 4 * feed_forward);
+        parameters.saturating_mul(16).saturating_add(tokens.saturating_mul(layers).saturating_mul(per_token_layer))
+    }
+
+    /// Refuses what could not train, before anything is read or written; the error names the key and the fix.
+    /// Files of the sources are checked by [`crate::data::check_sources`].
+    pub fn validate(&self, limits: &Limits) -> Result<(), Error> {
+        self.validate_run()?;
+        self.validate_data()?;
+        self.validate_optimization()?;
+        let field = |name: &str| self.model.get(name).and_then(serde_json::Value::as_u64);
+        if let Some(vocab) = field("vocab_size")
+            && vocab != self.tokenizer.vocab_size as u64
+        {
+            let problem = format!("{} pieces, but model.vocab_size is {vocab}", self.tokenizer.vocab_size);
+            return Err(invalid("tokenizer.vocab_size", problem, "make the two equal"));
+        }
+        if let Some(positions) = field("max_position_embeddings")
+            && self.data.sequence_length as u64 > positions
+        {
+            let problem = format!("{} is longer than model.max_position_embeddings {positions}", self.data.sequence_length);
+            return Err(invalid("data.sequence_length", problem, "shorten the sequence or raise max_position_embeddings"));
+        }
+        let needed = self.estimated_memory(limits.parameters);
+        if needed > limits.memory_bytes {
+            let problem = format!(
+                "{} sequences of {} tokens need about {} MiB and {} MiB are free",
+                self.data.batch_size,
+                self.data.sequence_length,
+                needed >> 20,
+                limits.memory_bytes >> 20
+            );
+            return Err(invalid("data.batch_size", problem, "lower it and raise data.gradient_accumulation by the same factor"));
+        }
+        Ok(())
+    }
+
+    fn validate_run(&self) -> Result<(), Error> {
+        let run = &self.run;
+        match (run.steps, run.tokens) {
+            (None, None) => return Err(invalid("run.steps", "neither steps nor tokens is given", "give one of run.steps and run.tokens")),
+            (Some(_), Some(_)) => {
+                return Err(invalid("run.tokens", "both steps and tokens are given", "remove one of run.steps and run.tokens"));
+            }
+            (Some(0), None) | (None, Some(0)) => return Err(invalid("run.steps", "the run has no steps", "give a number above 0")),
+            _ => {}
+        }
+        let rhythm = [
+            ("run.validate_every", run.validate_every),
+            ("run.validate_tokens", run.validate_tokens),
+            ("run.checkpoint_every", run.checkpoint_every),
+            ("run.keep_last", run.keep_last as u64),
+            ("run.log_every", run.log_every),
+        ];
+        for (key, value) in rhythm {
+            if value == 0 {
+                return Err(invalid(key, "it is 0", "give a number above 0"));
+            }
+        }
+        if run.threads == Some(0) {
+            return Err(invalid("run.threads", "it is 0", "give a number above 0, or leave it out to use all cores"));
+        }
+        Ok(())
+    }
+
+    fn validate_data(&self) -> Result<(), Error> {
+        let tokenizer = &self.tokenizer;
+        let smallest = crate::tokenizer_training::RESERVED + 64;
+        if tokenizer.vocab_size < smallest {
+            let problem =
+                format!("{} is too small: {} ids are special tokens and bytes", tokenizer.vocab_size, crate::tokenizer_training::RESERVED);
+            return Err(invalid("tokenizer.vocab_size", problem, format!("give at least {smallest}")));
+        }
+        if !(tokenizer.character_coverage > 0.0 && tokenizer.character_coverage <= 1.0) {
+            let problem = format!("{} is not a share", tokenizer.character_coverage);
+            return Err(invalid("tokenizer.character_coverage", problem, "give a number above 0 and at most 1"));
+        }
+        let data = &self.data;
+        for (key, value) in [
+            ("tokenizer.train_bytes", tokenizer.train_bytes as usize),
+            ("tokenizer.max_piece_chars", tokenizer.max_piece_chars),
+            ("data.batch_size", data.batch_size),
+            ("data.gradient_accumulation", data.gradient_accumulation),
+        ] {
+            if value == 0 {
+                return Err(invalid(key, "it is 0", "give a number above 0"));
+            }
+        }
+        if data.sequence_length < 2 {
+            return Err(invalid("data.sequence_length", format!("{} tokens hold no prediction", data.sequence_length), "give at least 2"));
+        }
+        if !(0.0..=0.5).contains(&data.validation_fraction) {
+            return Err(invalid("data.validation_fraction", format!("{} is out of range", data.validation_fraction), "give 0 to 0.5"));
+        }
+        if data.source.is_empty() {
+            return Err(invalid("data.source", "there is no source", "add a [[data.source]] table"));
+        }
+        for (index, source) in data.source.iter().enumerate() {
+            let key = |field: &str| format!("data.source[{index}] ({}).{field}", source.name);
+            if source.name.is_empty() || !source.name.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '-') {
+                return Err(invalid(key("name"), "it is not a plain name", "use letters, digits, `_` and `-`"));
+            }
+            if data.source[..index].iter().any(|other| other.name == source.name) {
+                return Err(invalid(key("name"), "another source has this name", "give each source its own name"));
+            }
+            if !(source.weight.is_finite() && source.weight > 0.0) {
+                return Err(invalid(
+                    key("weight"),
+                    format!("{} is not above 0", source.weight),
+                    "give a weight above 0 or remove the source",
+                ));
+            }
+            if source.epochs_max.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
+                return Err(invalid(key("epochs_max"), "it is not above 0", "give a number above 0 or leave it out"));
+            }
+            if source.paths.is_empty() {
+                return Err(invalid(key("paths"), "it names no file", "list files, folders or patterns"));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_optimization(&self) -> Result<(), Error> {
+        let optimizer = &self.optimizer;
+        for (key, value, low, high) in [
+            ("optimizer.lr", optimizer.lr, f64::MIN_POSITIVE, 10.0),
+            ("optimizer.beta1", optimizer.beta1, 0.0, 1.0 - 1e-9),
+            ("optimizer.beta2", optimizer.beta2, 0.0, 1.0 - 1e-9),
+            ("optimizer.eps", optimizer.eps, f64::MIN_POSITIVE, 1.0),
+            ("optimizer.weight_decay", optimizer.weight_decay, 0.0, 10.0),
+            ("optimizer.clip_norm", optimizer.clip_norm, 0.0, f64::MAX),
+            ("schedule.decay_fraction", self.schedule.decay_fraction, 0.0, 1.0),
+            ("schedule.min_lr_ratio", self.schedule.min_lr_ratio, 0.0, 1.0),
+            ("loss.balance", self.loss.balance, 0.0, f64::MAX),
+            ("loss.z_loss", self.loss.z_loss, 0.0, f64::MAX),
+            ("loss.orthogonality", self.loss.orthogonality, 0.0, f64::MAX),
+            ("loss.bias_update_rate", self.loss.bias_update_rate, 0.0, 1.0),
+            ("loss.mtp_weight", self.loss.mtp_weight, 0.0, f64::MAX),
+        ] {
+            if !(low..=high).contains(&value) {
+                return Err(invalid(key, format!("{value} is out of range"), format!("give a number from {low:e} to {high:e}")));
+            }
+        }
+        if self.schedule.warmup_steps >= self.total_steps() {
+            let problem = format!("{} of {} steps", self.schedule.warmup_steps, self.total_steps());
+            return Err(invalid("schedule.warmup_steps", problem, "warm up for fewer steps than the run has"));
+        }
+        Ok(())
+    }
+}
+
+/// The valid key nearest to the one that serde names in "unknown field `x`, expected one of `a`, `b`" (or "unknown variant").
+fn nearest_key(message: &str) -> Option<&str> {
+    if !message.starts_with("unknown ") {
+        return None;
+    }
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let wrong = quoted.next()?;
+    let (distance, key) = quoted.map(|key| (edit_distance(wrong, key), key)).min_by_key(|(distance, _)| *distance)?;
+    (distance <= wrong.chars().count().max(3) / 2 + 1).then_some(key)
+}
+
+/// Levenshtein distance in characters.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,101 @@
+//! Documents as token ids: dialogues under the family's chat template, running text ended by `</s>`.
+use std::path::Path;
+use tokenizers::Tokenizer;
+
+use super::Error;
+use super::sources::{Body, Role};
+use crate::tokenizer_training::{END_OF_SENTENCE, END_OF_TEXT_ID, SPECIAL_TOKENS, START_OF_DIALOGUE};
+
+/// The text of a document: a dialogue under the family's template,
+/// `<|begin_of_sentence|>User: …\nAssistant: …<|end_of_sentence|>User: …`, system text first on its own line.
+pub fn render(body: &Body) -> String {
+    let turns = match body {
+        Body::Text(text) => return text.clone(),
+        Body::Dialogue(turns) => turns,
+    };
+    let mut out = String::from(START_OF_DIALOGUE);
+    for turn in turns {
+        match turn.role {
+            Role::System => out.extend([turn.content.as_str(), "\n"]),
+            Role::User => out.extend(["User: ", turn.content.as_str(), "\n"]),
+            Role::Assistant => out.extend(["Assistant: ", turn.content.as_str(), END_OF_SENTENCE]),
+        }
+    }
+    out
+}
+
+/// A tokenizer and the hash of its file.
+pub struct Encoder {
+    tokenizer: Tokenizer,
+    fingerprint: blake3::Hash,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Encoder({})", self.fingerprint.to_hex())
+    }
+}
+
+impl Encoder {
+    /// The tokenizer.json of a folder.
+    pub fn from_dir(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| Error::Tokenizer { origin: path, problem: error.to_string() })?;
+        Ok(Self { tokenizer, fingerprint: blake3::hash(&bytes) })
+    }
+
+    /// Hash of the tokenizer's file.
+    pub fn fingerprint(&self) -> blake3::Hash {
+        self.fingerprint
+    }
+
+    /// Ids in use.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// A document's ids. The names of special tokens inside a document's own text are spelled out as text.
+    pub fn encode(&self, body: &Body) -> Result<Vec<u32>, Error> {
+        let mut ids = Vec::new();
+        match body {
+            Body::Text(text) => {
+                self.append_text(text, &mut ids)?;
+                ids.push(END_OF_TEXT_ID);
+            }
+            Body::Dialogue(turns) if turns.iter().any(|turn| next_special(&turn.content).is_some()) => {
+                let escaped = turns.iter().map(|turn| super::sources::Turn { role: turn.role, content: break_specials(&turn.content) });
+                self.append(&render(&Body::Dialogue(escaped.collect())), &mut ids)?;
+            }
+            Body::Dialogue(_) => self.append(&render(body), &mut ids)?,
+        }
+        Ok(ids)
+    }
+
+    fn append(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Error> {
+        let encoding = self.tokenizer.encode_fast(text, false);
+        let encoding = encoding.map_err(|error| Error::Tokenizer { origin: "tokenizer.json".into(), problem: error.to_string() })?;
+        ids.extend_from_slice(encoding.get_ids());
+        Ok(())
+    }
+
+    /// Running text, cut inside the name of a special token so that it is read as characters.
+    fn append_text(&self, mut text: &str, ids: &mut Vec<u32>) -> Result<(), Error> {
+        while let Some(at) = next_special(text) {
+            let (head, tail) = text.split_at(at + 1);
+            self.append(head, ids)?;
+            text = tail;
+        }
+        self.append(text, ids)
+    }
+}
+
+/// Byte offset of the first special token's name (each begins with the one-byte `<`).
+fn next_special(text: &str) -> Option<usize> {
+    SPECIAL_TOKENS.iter().filter_map(|token| text.find(token)).min()
+}
+
+/// A space after the `<` of every special token's name: inside a template it cannot be cut apart.
+fn break_specials(text: &str) -> String {
+    SPECIAL_TOKENS.iter().fold(text.to_owned(), |text, token| text.replace(token, &format!("< {}", &token[1..])))
+}
