@@ -95,7 +95,7 @@ simd_fn! {
 
 /// x *= factor.
 pub fn scale(x: &mut [f32], factor: f32) {
-    x.par_chunks_mut(BLOCK).for_each(|x| crate::softmax::scale(x, factor));
+    x.par_chunks_mut(BLOCK).for_each(|x| crate::row::scale(x, factor));
 }
 
 /// The same by plain loops in f64.

@@ -12,10 +12,10 @@ use rayon::prelude::*;
 
 use crate::arch::exp::exp;
 use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
-use crate::arch::isa::{LANES, mul_add, simd_fn};
+use crate::arch::isa::{LANES, simd_fn};
 use crate::rope::{RopeTable, apply_interleaved, rotate_into};
+use crate::row::{dot, exponentials, scale};
 use crate::scratch::Scratch;
-use crate::softmax::{exponentials, scale};
 
 /// Query rows that share one block of scores.
 const BLOCK_ROWS: usize = 128;
@@ -195,20 +195,6 @@ simd_fn! {
             *p = exp::<FMA>(*p - lse);
             *ds = *p * (*ds - delta) * scale;
         }
-    }
-}
-
-simd_fn! {
-    fn dot<FMA>(a: &[f32], b: &[f32]) -> f32 {
-        let mut sums = [0.0f32; LANES];
-        let (blocks_a, blocks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-        let rest: f32 = blocks_a.remainder().iter().zip(blocks_b.remainder()).map(|(a, b)| a * b).sum();
-        for (a, b) in blocks_a.zip(blocks_b) {
-            for lane in 0..LANES {
-                sums[lane] = mul_add::<FMA>(a[lane], b[lane], sums[lane]);
-            }
-        }
-        sums.iter().sum::<f32>() + rest
     }
 }
 

@@ -6,8 +6,8 @@
 use rayon::prelude::*;
 
 use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
+use crate::row::{exponentials, log_sum_exp, scale};
 use crate::scratch::Scratch;
-use crate::softmax::{exponentials, log_sum_exp, scale};
 
 /// The target of a token that is not trained on: its loss is 0 and its gradient is none.
 pub const IGNORE: i32 = -100;

@@ -15,8 +15,8 @@ pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
+mod row;
 mod scratch;
-mod softmax;
 pub mod swiglu;
 #[cfg(test)]
 mod testing;

@@ -54,7 +54,8 @@ pub fn sum_rows(sum: &mut [f32], x: &[f32]) {
 }
 
 simd_fn! {
-    fn add_to_rows<FMA>(y: &mut [f32], bias: &[f32]) {
+    /// Each row of y += bias.
+    pub(crate) fn add_to_rows<FMA>(y: &mut [f32], bias: &[f32]) {
         for row in y.chunks_exact_mut(bias.len()) {
             for (y, b) in row.iter_mut().zip(bias) {
                 *y += b;

@@ -22,7 +22,7 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
     let p = mul_add::<FMA>(p, r, 8.333_452e-3);
     let p = mul_add::<FMA>(p, r, 4.166_579_6e-2);
     let p = mul_add::<FMA>(p, r, 1.666_666_6e-1);
-    let p = mul_add::<FMA>(p, r, 5.000_000_1e-1);
+    let p = mul_add::<FMA>(p, r, 0.5);
     let y = mul_add::<FMA>(p, r * r, r + 1.0);
     let power_of_two = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     y * power_of_two

@@ -1,4 +1,5 @@
 //! Attention and its gradient by plain loops in f64, the whole row of scores at a time.
+#![allow(clippy::needless_range_loop)] // Indices as in the formulas.
 
 use super::{Shape, positions};
 use crate::rope::RopeTable;

@@ -1,7 +1,7 @@
-//! The inner loops of a softmax over one row, shared by attention and cross-entropy.
+//! Inner loops over single rows that several operators share: the parts of a softmax, scaling and the dot product.
 
 use crate::arch::exp::exp;
-use crate::arch::isa::{LANES, simd_fn};
+use crate::arch::isa::{LANES, mul_add, simd_fn};
 
 simd_fn! {
     /// Replaces x by exp(x − max x); returns the maximum and the sum of the exponentials. Fastest where the length is a multiple of [`LANES`].
@@ -46,6 +46,21 @@ simd_fn! {
         for x in x {
             *x *= factor;
         }
+    }
+}
+
+simd_fn! {
+    /// Σ a·b.
+    pub(crate) fn dot<FMA>(a: &[f32], b: &[f32]) -> f32 {
+        let mut sums = [0.0f32; LANES];
+        let (blocks_a, blocks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        let rest: f32 = blocks_a.remainder().iter().zip(blocks_b.remainder()).map(|(a, b)| a * b).sum();
+        for (a, b) in blocks_a.zip(blocks_b) {
+            for lane in 0..LANES {
+                sums[lane] = mul_add::<FMA>(a[lane], b[lane], sums[lane]);
+            }
+        }
+        sums.iter().sum::<f32>() + rest
     }
 }
 
