@@ -39,9 +39,7 @@ impl ScheduleConfig {
     /// Updates of linear warmup.
     pub fn warmup_steps(&self) -> u64 {
         match *self {
-            Self::Wsd { warmup_steps, .. }
-            | Self::Cosine { warmup_steps, .. }
-            | Self::Constant { warmup_steps } => warmup_steps,
+            Self::Wsd { warmup_steps, .. } | Self::Cosine { warmup_steps, .. } | Self::Constant { warmup_steps } => warmup_steps,
         }
     }
 }
@@ -95,20 +93,11 @@ impl Schedule {
         if !(peak.is_finite() && peak > 0.0) {
             return Err(ScheduleError::BadPeak { got: peak });
         }
-        let schedule = Self {
-            config: config.clone(),
-            peak,
-            total,
-        };
+        let schedule = Self { config: config.clone(), peak, total };
         let shares = match *config {
-            ScheduleConfig::Wsd {
-                decay_fraction,
-                min_lr_ratio,
-                ..
-            } => vec![
-                ("decay_fraction", decay_fraction),
-                ("min_lr_ratio", min_lr_ratio),
-            ],
+            ScheduleConfig::Wsd { decay_fraction, min_lr_ratio, .. } => {
+                vec![("decay_fraction", decay_fraction), ("min_lr_ratio", min_lr_ratio)]
+            }
             ScheduleConfig::Cosine { min_lr_ratio, .. } => vec![("min_lr_ratio", min_lr_ratio)],
             ScheduleConfig::Constant { .. } => Vec::new(),
         };
@@ -119,11 +108,7 @@ impl Schedule {
         }
         let (warmup, decay) = (config.warmup_steps(), schedule.decay_steps());
         if warmup.saturating_add(decay) > total {
-            return Err(ScheduleError::TooLong {
-                warmup,
-                decay,
-                total,
-            });
+            return Err(ScheduleError::TooLong { warmup, decay, total });
         }
         Ok(schedule)
     }
@@ -147,10 +132,7 @@ impl Schedule {
             ScheduleConfig::Cosine { min_lr_ratio, .. } => {
                 let span = (self.total - warmup).max(1) as f64;
                 let progress = ((step - warmup) as f64 / span).min(1.0);
-                self.between(
-                    min_lr_ratio,
-                    0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
-                )
+                self.between(min_lr_ratio, 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()))
             }
             ScheduleConfig::Constant { .. } => self.peak,
         }
@@ -159,9 +141,7 @@ impl Schedule {
     /// Updates in the decay phase: all after warmup for cosine, none for constant.
     fn decay_steps(&self) -> u64 {
         match self.config {
-            ScheduleConfig::Wsd { decay_fraction, .. } => {
-                (self.total as f64 * decay_fraction).round() as u64
-            }
+            ScheduleConfig::Wsd { decay_fraction, .. } => (self.total as f64 * decay_fraction).round() as u64,
             ScheduleConfig::Cosine { warmup_steps, .. } => self.total.saturating_sub(warmup_steps),
             ScheduleConfig::Constant { .. } => 0,
         }
@@ -178,11 +158,7 @@ mod tests {
     use super::*;
 
     fn wsd(warmup_steps: u64, decay_fraction: f64, min_lr_ratio: f64) -> ScheduleConfig {
-        ScheduleConfig::Wsd {
-            warmup_steps,
-            decay_fraction,
-            min_lr_ratio,
-        }
+        ScheduleConfig::Wsd { warmup_steps, decay_fraction, min_lr_ratio }
     }
 
     #[track_caller]
@@ -208,10 +184,7 @@ mod tests {
 
     #[test]
     fn cosine_corners() {
-        let config = ScheduleConfig::Cosine {
-            warmup_steps: 10,
-            min_lr_ratio: 0.2,
-        };
+        let config = ScheduleConfig::Cosine { warmup_steps: 10, min_lr_ratio: 0.2 };
         let s = Schedule::new(&config, 1.0, 110).unwrap();
         close(s.lr(5), 0.5);
         close(s.lr(10), 1.0);
@@ -239,13 +212,7 @@ mod tests {
 
     #[test]
     fn the_rate_never_jumps_up_after_warmup() {
-        for config in [
-            wsd(7, 0.33, 0.05),
-            ScheduleConfig::Cosine {
-                warmup_steps: 7,
-                min_lr_ratio: 0.05,
-            },
-        ] {
+        for config in [wsd(7, 0.33, 0.05), ScheduleConfig::Cosine { warmup_steps: 7, min_lr_ratio: 0.05 }] {
             let s = Schedule::new(&config, 1.0, 101).unwrap();
             for step in 1..=7 {
                 assert!(s.lr(step) > s.lr(step - 1));
@@ -259,18 +226,13 @@ mod tests {
 
     #[test]
     fn bad_numbers_are_refused_by_name() {
-        let error = |config: &ScheduleConfig, peak, total| {
-            Schedule::new(config, peak, total).unwrap_err().to_string()
-        };
+        let error = |config: &ScheduleConfig, peak, total| Schedule::new(config, peak, total).unwrap_err().to_string();
         assert!(error(&wsd(0, 1.5, 0.1), 1.0, 10).contains("decay_fraction"));
         assert!(error(&wsd(0, 0.5, -0.1), 1.0, 10).contains("min_lr_ratio"));
         assert!(error(&wsd(0, f64::NAN, 0.1), 1.0, 10).contains("decay_fraction"));
         assert!(error(&wsd(0, 0.5, 0.1), 0.0, 10).contains("peak"));
         let long = error(&wsd(600, 0.5, 0.1), 1.0, 1000);
-        assert!(
-            long.contains("600") && long.contains("500") && long.contains("1000"),
-            "{long}"
-        );
+        assert!(long.contains("600") && long.contains("500") && long.contains("1000"), "{long}");
         assert!(error(&ScheduleConfig::Constant { warmup_steps: 11 }, 1.0, 10).contains("11"));
     }
 
@@ -279,18 +241,9 @@ mod tests {
         let read = |text: &str| toml::from_str::<ScheduleConfig>(text).map_err(|e| e.to_string());
         let text = "kind = \"wsd\"\nwarmup_steps = 3\ndecay_fraction = 0.2\nmin_lr_ratio = 0.1\n";
         assert_eq!(read(text).unwrap(), wsd(3, 0.2, 0.1));
-        assert!(
-            read(&format!("{text}warmup = 3\n"))
-                .unwrap_err()
-                .contains("warmup")
-        );
-        let foreign =
-            read("kind = \"constant\"\nwarmup_steps = 3\nmin_lr_ratio = 0.1\n").unwrap_err();
+        assert!(read(&format!("{text}warmup = 3\n")).unwrap_err().contains("warmup"));
+        let foreign = read("kind = \"constant\"\nwarmup_steps = 3\nmin_lr_ratio = 0.1\n").unwrap_err();
         assert!(foreign.contains("min_lr_ratio"), "{foreign}");
-        assert!(
-            read("kind = \"linear\"\nwarmup_steps = 3\n")
-                .unwrap_err()
-                .contains("linear")
-        );
+        assert!(read("kind = \"linear\"\nwarmup_steps = 3\n").unwrap_err().contains("linear"));
     }
 }
