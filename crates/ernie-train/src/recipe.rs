@@ -197,8 +197,8 @@ pub struct Source {
     pub epochs_max: Option<f64>,
     /// Licence of the text, for the model card.
     pub licence: String,
-    /// Whether the text has question and answer pairs that go in as dialogues under the chat template
-    /// (formats that have both prose and questions); dialogue formats always use the template.
+    /// Put the text as dialogues under the chat template: FairytaleQA's questions; stories, poems and sayings as
+    /// answers to a request for them. Dialogue formats always use the template; other formats refuse it.
     #[serde(default)]
     pub template: bool,
 }
@@ -478,6 +478,9 @@ impl Recipe {
             }
             if source.epochs_max.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
                 return Err(invalid(key("epochs_max"), "it is not above 0", "give a number above 0 or leave it out"));
+            }
+            if source.template && !source.format.has_template() {
+                return Err(invalid(key("template"), "this format's text has no dialogues", "remove `template`"));
             }
             if source.paths.is_empty() {
                 return Err(invalid(key("paths"), "it names no file", "list files, folders or patterns"));

@@ -5,6 +5,7 @@ mod chinese;
 mod dialogue;
 mod fairytaleqa;
 mod files;
+mod request;
 mod text;
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,7 @@ use super::Error;
 use crate::recipe::Source;
 
 /// Changes when a reader's output changes, so that cached shards are made again.
-pub const READERS_VERSION: u32 = 1;
+pub const READERS_VERSION: u32 = 2;
 
 /// How the files of a source are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +56,20 @@ pub enum Format {
 }
 
 impl Format {
+    /// Whether `template` may be set: the format's text can be put as dialogues.
+    pub fn has_template(self) -> bool {
+        self.has_requests() || self == Self::Fairytaleqa || self.is_dialogue()
+    }
+
+    /// Whether its documents can be put as answers to requests.
+    fn has_requests(self) -> bool {
+        matches!(self, Self::Separated | Self::Storybook | Self::ChinesePoetry | Self::Xiehouyu)
+    }
+
+    fn is_dialogue(self) -> bool {
+        matches!(self, Self::Kdconv | Self::TurnsJsonl | Self::Chatterbot | Self::MessagesJsonl)
+    }
+
     /// Extensions (before an optional .gz) looked for when a path is a folder.
     fn extensions(self) -> &'static [&'static str] {
         match self {
@@ -149,6 +164,9 @@ pub fn read_file(source: &Source, file: &SourceFile) -> Result<Vec<Document>, Er
         Body::Text(text) => !text.trim().is_empty(),
         Body::Dialogue(turns) => turns.len() >= 2,
     });
+    if source.template && source.format.has_requests() {
+        documents = documents.iter().filter_map(|document| request::request(source.format, document)).collect();
+    }
     Ok(documents)
 }
 
@@ -180,3 +198,6 @@ pub fn alternate(turns: Vec<Turn>) -> Vec<Turn> {
 pub(crate) fn malformed(path: &Path, line: usize, problem: impl Into<String>) -> Error {
     Error::Malformed { path: path.to_path_buf(), line, problem: problem.into() }
 }
+
+#[cfg(test)]
+mod tests;
