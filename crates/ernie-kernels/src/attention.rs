@@ -1,7 +1,7 @@
 //! Causal attention over packed documents, with rotary positions (interleaved pairs) and grouped key/value heads.
 //!
 //! Letters: t tokens, d head_dim, qh query heads, kvh key/value heads. Queries are taken in blocks of 128 rows; a block's scores against all
-//! keys it may see are a matrix of their own that stays in the cache, and no [t, t] matrix ever exists. The backward pass recomputes the
+//! keys it may see are a matrix of their own that stays in the cache, and no `[t, t]` matrix ever exists. The backward pass recomputes the
 //! probabilities from the saved log-sum-exp of each row (as FlashAttention does, arXiv 2205.14135).
 
 pub mod scalar;
@@ -49,14 +49,17 @@ impl Shape {
     }
 }
 
-/// out[t, qh·d] = softmax(q·kᵀ/√d)·v per head, and lse[qh, t], the log-sum-exp of each row of scores, for [`backward`].
+/// `out[t, qh·d]` = softmax(q·kᵀ/√d)·v per head, and `lse[qh, t]`, the log-sum-exp of each row of scores, for [`backward`].
 ///
-/// `q`[t, qh·d], `k` and `v`[t, kvh·d] come without rotary positions; they are applied here to q and k. `cu_seqlens` = [0, …, t] bounds the
+/// `q[t, qh·d]`, `k` and `v[t, kvh·d]` come without rotary positions; they are applied here to q and k. `cu_seqlens` = [0, …, t] bounds the
 /// documents: a token sees the tokens of its own document up to itself, and its position counts from the document's start.
 #[allow(clippy::too_many_arguments)] // Two results and three operands, each with one meaning.
 pub fn forward(out: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], cu_seqlens: &[u32], table: &RopeTable, shape: Shape) {
     let t = check(q, k, v, cu_seqlens, table, shape);
     assert!(out.len() == q.len() && lse.len() == shape.q_heads * t, "out must be shaped as q, and lse [q_heads, t]");
+    if t == 0 {
+        return;
+    }
     let (d, q_width, kv_width) = (shape.head_dim, shape.q_width(), shape.kv_width());
     let (q, k) = rotated(q, k, cu_seqlens, table, shape);
     let blocks = query_blocks(cu_seqlens);
@@ -97,7 +100,7 @@ fn forward_block(mut out: MatMut<'_>, lse: &mut [f32], q: Mat<'_>, k: Mat<'_>, v
     }
 }
 
-/// Gradients of [`forward`], all overwritten: dq[t, qh·d], dk and dv[t, kvh·d], from dout[t, qh·d] and what the forward pass was given and gave.
+/// Gradients of [`forward`], all overwritten: `dq[t, qh·d]`, dk and `dv[t, kvh·d]`, from `dout[t, qh·d]` and what the forward pass was given and gave.
 #[allow(clippy::too_many_arguments)] // Three results and six operands, each with one meaning.
 pub fn backward(
     dq: &mut [f32],
@@ -150,7 +153,7 @@ pub fn backward(
     apply_interleaved(dk, table, shape.kv_heads, |row| positions[row] as usize, true);
 }
 
-/// One query head of one document: rotated q and k, every matrix [document length, d].
+/// One query head of one document: rotated q and k, every matrix `[document length, d]`.
 struct Head<'a> {
     q: Mat<'a>,
     k: Mat<'a>,
@@ -221,7 +224,7 @@ fn query_blocks(cu_seqlens: &[u32]) -> Vec<QueryBlock> {
     blocks
 }
 
-/// The parts of each row of x[rows, t] between the bounds, in the order of [`MatMut::tiles`]: bounds outside, rows inside.
+/// The parts of each row of `x[rows, t]` between the bounds, in the order of [`MatMut::tiles`]: bounds outside, rows inside.
 fn column_blocks<'a>(x: &'a mut [f32], t: usize, bounds: &[u32]) -> Vec<&'a mut [f32]> {
     let mut parts = Vec::new();
     for (row, mut rest) in x.chunks_exact_mut(t).enumerate() {
@@ -297,7 +300,7 @@ mod tests {
     #[test]
     fn equals_the_plain_loops() {
         let shapes = [(1, 1, 2), (2, 1, 6), (4, 2, 10), (3, 3, 16), (2, 1, 80), (6, 2, 32), (2, 2, 128)];
-        let documents: [&[u32]; 6] = [&[0, 1], &[0, 1, 2, 7], &[0, 33], &[0, 128, 129, 131], &[0, 5, 5, 305], &[0, 131, 260]];
+        let documents: [&[u32]; 7] = [&[0], &[0, 1], &[0, 1, 2, 7], &[0, 33], &[0, 128, 129, 131], &[0, 5, 5, 305], &[0, 131, 260]];
         for (q_heads, kv_heads, head_dim) in shapes {
             for cu_seqlens in documents {
                 let shape = Shape { q_heads, kv_heads, head_dim };

@@ -20,7 +20,7 @@ const MIN_CHUNK: usize = 64;
 
 /// The negative log-likelihood of each target, 0 where it is [`IGNORE`].
 ///
-/// h[t, hidden], w[vocabulary, hidden], targets[t]; t = `targets.len()`, and the other sizes follow.
+/// `h[t, hidden]`, `w[vocabulary, hidden]`, `targets[t]`; t = `targets.len()`, and the other sizes follow.
 pub fn loss(h: &[f32], w: &[f32], targets: &[i32]) -> Vec<f32> {
     let head = Head::new(h, w, targets);
     let mut nll = vec![0.0; targets.len()];
@@ -37,7 +37,7 @@ pub fn loss(h: &[f32], w: &[f32], targets: &[i32]) -> Vec<f32> {
     nll
 }
 
-/// The mean loss over the tokens whose target is not [`IGNORE`], and its gradients dh[t, hidden] and dw[vocabulary, hidden] (both overwritten).
+/// The mean loss over the tokens whose target is not [`IGNORE`], and its gradients `dh[t, hidden]` and `dw[vocabulary, hidden]` (both overwritten).
 /// Where every target is ignored the loss and the gradients are 0.
 pub fn loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f32], targets: &[i32]) -> f32 {
     let count = targets.iter().filter(|&&target| target != IGNORE).count().max(1);
@@ -45,7 +45,7 @@ pub fn loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f32], targe
     (nll.iter().map(|&nll| f64::from(nll)).sum::<f64>() / count as f64) as f32
 }
 
-/// As [`loss`], and the gradients dh and dw (both overwritten) of Σ weights[i]·nll[i]: for means over several batches, or importance weights.
+/// As [`loss`], and the gradients dh and dw (both overwritten) of Σ `weights[i]`·`nll[i]`: for means over several batches, or importance weights.
 pub fn weighted_loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f32], targets: &[i32], weights: &[f32]) -> Vec<f32> {
     let head = Head::new(h, w, targets);
     let hidden = head.hidden;

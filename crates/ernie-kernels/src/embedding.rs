@@ -1,11 +1,11 @@
-//! Token embedding: rows of w[vocabulary, h] by id, and the gradient that adds them back.
+//! Token embedding: rows of `w[vocabulary, h]` by id, and the gradient that adds them back.
 
 use rayon::prelude::*;
 
 /// Parts of the vocabulary that are summed independently: fixed, so that the order of each sum is that of the tokens.
 const PARTS: usize = 32;
 
-/// y[t, h] = the rows `ids`[t] of w[vocabulary, h].
+/// `y[t, h]` = the rows `ids[t]` of `w[vocabulary, h]`.
 pub fn gather(y: &mut [f32], w: &[f32], ids: &[u32]) {
     let h = width(y, w, ids);
     if h == 0 {
@@ -14,7 +14,7 @@ pub fn gather(y: &mut [f32], w: &[f32], ids: &[u32]) {
     y.par_chunks_mut(h).with_min_len(64).zip(ids).for_each(|(y, &id)| y.copy_from_slice(&w[id as usize * h..][..h]));
 }
 
-/// dw[vocabulary, h] += the rows of dy[t, h], each to the row of its id. What dw held before stays: start from zeros for a gradient.
+/// `dw[vocabulary, h]` += the rows of `dy[t, h]`, each to the row of its id. What dw held before stays: start from zeros for a gradient.
 pub fn scatter_add(dw: &mut [f32], dy: &[f32], ids: &[u32]) {
     let h = width(dy, dw, ids);
     if h == 0 {

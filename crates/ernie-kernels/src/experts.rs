@@ -48,17 +48,17 @@ impl Shape {
 /// The weights of all experts of a layer, one expert after the other. Biases where the model has them.
 #[derive(Clone, Copy)]
 pub struct Weights<'a> {
-    /// [e, i, h].
+    /// `[e, i, h]`.
     pub gate: &'a [f32],
-    /// [e, i, h].
+    /// `[e, i, h]`.
     pub up: &'a [f32],
-    /// [e, h, i].
+    /// `[e, h, i]`.
     pub down: &'a [f32],
-    /// [e, i].
+    /// `[e, i]`.
     pub gate_bias: Option<&'a [f32]>,
-    /// [e, i].
+    /// `[e, i]`.
     pub up_bias: Option<&'a [f32]>,
-    /// [e, h].
+    /// `[e, h]`.
     pub down_bias: Option<&'a [f32]>,
 }
 
@@ -81,21 +81,21 @@ impl<'a> Weights<'a> {
 /// Where [`backward`] writes; each is shaped as what it is the gradient of, and overwritten. A bias gradient may be asked for only where the
 /// bias exists.
 pub struct Gradients<'a> {
-    /// dx[t, h].
+    /// `dx[t, h]`.
     pub x: &'a mut [f32],
-    /// [e, i, h].
+    /// `[e, i, h]`.
     pub gate: &'a mut [f32],
-    /// [e, i, h].
+    /// `[e, i, h]`.
     pub up: &'a mut [f32],
-    /// [e, h, i].
+    /// `[e, h, i]`.
     pub down: &'a mut [f32],
-    /// Of the routing weights, [t, k].
+    /// Of the routing weights, `[t, k]`.
     pub routing: &'a mut [f32],
-    /// [e, i].
+    /// `[e, i]`.
     pub gate_bias: Option<&'a mut [f32]>,
-    /// [e, i].
+    /// `[e, i]`.
     pub up_bias: Option<&'a mut [f32]>,
-    /// [e, h].
+    /// `[e, h]`.
     pub down_bias: Option<&'a mut [f32]>,
 }
 
@@ -111,13 +111,13 @@ impl<'a> Gradients<'a> {
 pub struct Saved {
     shape: Shape,
     grouping: Grouping,
-    /// gate_e·x by place, [n, i].
+    /// gate_e·x by place, `[n, i]`.
     gate: Scratch,
-    /// up_e·x by place, [n, i].
+    /// up_e·x by place, `[n, i]`.
     up: Scratch,
 }
 
-/// y[t, h] (overwritten) from x[t, h]. `indices`[t, k] are each token's experts and `routing`[t, k] what their outputs are multiplied by; they
+/// `y[t, h]` (overwritten) from `x[t, h]`. `indices[t, k]` are each token's experts and `routing[t, k]` what their outputs are multiplied by; they
 /// are summed in the order of k.
 pub fn forward(y: &mut [f32], x: &[f32], weights: &Weights<'_>, indices: &[u32], routing: &[f32], shape: Shape) -> Saved {
     let Shape { tokens, hidden: h, intermediate: i, .. } = shape;
@@ -145,7 +145,7 @@ pub fn forward(y: &mut [f32], x: &[f32], weights: &Weights<'_>, indices: &[u32],
     Saved { shape, grouping, gate, up }
 }
 
-/// Gradients of [`forward`] from dy[t, h], given its `x`, `weights` and `routing`.
+/// Gradients of [`forward`] from `dy[t, h]`, given its `x`, `weights` and `routing`.
 ///
 /// By place, with a = silu(gate)·up and r its routing weight: dr = (downᵀ·dy)·a + dy·down_bias, da = r·downᵀ·dy, ddown = Σ r·dy·aᵀ, then SwiGLU
 /// backwards, dgate = Σ dg·xᵀ, dup = Σ du·xᵀ, dx = gateᵀ·dg + upᵀ·du.
@@ -241,7 +241,7 @@ impl<'a> Expert<'a> {
         }
     }
 
-    /// y[rows, n] = x[rows, k]·w[n, k]ᵀ + bias on this thread; n and k follow from the lengths.
+    /// `y[rows, n]` = `x[rows, k]`·`w[n, k]ᵀ` + bias on this thread; n and k follow from the lengths.
     fn linear(&self, y: &mut [f32], x: &[f32], w: &[f32], bias: Option<&[f32]>, rows: usize) {
         let (n, k) = (y.len() / rows, x.len() / rows);
         product(MatMut::new(y, rows, n), Mat::new(x, rows, k), Mat::new(w, n, k).t(), 1.0, Update::Set, Threads::One);
@@ -259,7 +259,7 @@ struct Grouping {
     pairs: Vec<u32>,
     /// The place of each pair.
     places: Vec<u32>,
-    /// Places of expert e: bounds[e]..bounds[e + 1].
+    /// Places of expert e: `bounds[e]`..`bounds[e + 1]`.
     bounds: Vec<usize>,
     blocks: Vec<Block>,
 }
@@ -300,7 +300,7 @@ impl Grouping {
         Grouping { top_k: shape.top_k, pairs, places, bounds, blocks }
     }
 
-    /// Cuts x[n, width] at the blocks.
+    /// Cuts `x[n, width]` at the blocks.
     fn split_blocks<'a>(&self, mut x: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
         let mut parts = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
@@ -311,14 +311,14 @@ impl Grouping {
         parts
     }
 
-    /// rows = the rows of x[t, width] whose tokens are at the block's places.
+    /// rows = the rows of `x[t, width]` whose tokens are at the block's places.
     fn gather(&self, rows: &mut [f32], x: &[f32], block: &Block, width: usize) {
         for (&pair, row) in self.pairs[block.places.clone()].iter().zip(rows.chunks_exact_mut(width)) {
             row.copy_from_slice(&x[pair as usize / self.top_k * width..][..width]);
         }
     }
 
-    /// y[t, width] = Σ_k weight·(the row at the place of the token's k-th pair); every weight is 1 if there are none.
+    /// `y[t, width]` = Σ_k weight·(the row at the place of the token's k-th pair); every weight is 1 if there are none.
     fn combine(&self, y: &mut [f32], rows: &[f32], weights: Option<&[f32]>, width: usize) {
         y.par_chunks_mut(width * BLOCK_TOKENS).enumerate().for_each(|(task, y)| {
             for (token, y) in y.chunks_exact_mut(width).enumerate() {
@@ -332,7 +332,7 @@ impl Grouping {
         });
     }
 
-    /// dw[e, out, in] = Σ over the expert's places of dy[n, out]ᵀ·x[n, in].
+    /// `dw[e, out, in]` = Σ over the expert's places of `dy[n, out]ᵀ`·`x[n, in]`.
     fn weight_gradient(&self, dw: &mut [f32], dy: &[f32], outputs: usize, x: &[f32], inputs: usize) {
         assert_eq!(dw.len(), (self.bounds.len() - 1) * outputs * inputs, "a weight gradient must be shaped as its weight");
         let tasks: Vec<(usize, usize, &mut [f32])> = dw
@@ -352,7 +352,7 @@ impl Grouping {
         });
     }
 
-    /// sum[e, width] = Σ over the expert's places of rows[n, width].
+    /// `sum[e, width]` = Σ over the expert's places of `rows[n, width]`.
     fn bias_gradient(&self, sum: &mut [f32], rows: &[f32], width: usize) {
         assert_eq!(sum.len(), (self.bounds.len() - 1) * width, "a bias gradient must be shaped as its bias");
         sum.par_chunks_exact_mut(width).enumerate().for_each(|(expert, sum)| {

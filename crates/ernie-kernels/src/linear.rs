@@ -1,4 +1,4 @@
-//! Linear layer: y = x·wᵀ + b, with w stored [n, k] (outputs by inputs) as in the released checkpoints.
+//! Linear layer: y = x·wᵀ + b, with w stored `[n, k]` (outputs by inputs) as in the released checkpoints.
 
 use rayon::prelude::*;
 
@@ -9,7 +9,7 @@ use crate::scratch::Scratch;
 /// Rows summed by one task when a bias gradient is formed: fixed, so that the order of the sum never depends on the number of threads.
 const ROWS_PER_TASK: usize = 256;
 
-/// y[m,n] = x[m,k]·w[n,k]ᵀ + bias[n].
+/// `y[m,n]` = `x[m,k]`·`w[n,k]ᵀ` + `bias[n]`.
 pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], bias: Option<&[f32]>, m: usize, n: usize, k: usize) {
     matmul_nt(y, x, w, m, n, k, false);
     if let Some(bias) = bias {
@@ -18,7 +18,7 @@ pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], bias: Option<&[f32]>, m: usi
     }
 }
 
-/// Gradients of [`forward`], all overwritten: dx[m,k] = dy·w, dw[n,k] = dyᵀ·x, db[n] = Σ_rows dy.
+/// Gradients of [`forward`], all overwritten: `dx[m,k]` = dy·w, `dw[n,k]` = dyᵀ·x, `db[n]` = Σ_rows dy.
 #[allow(clippy::too_many_arguments)] // Three results, three operands and their shape.
 pub fn backward(
     dx: Option<&mut [f32]>,
@@ -40,7 +40,7 @@ pub fn backward(
     }
 }
 
-/// sum[n] = Σ over the rows of x[m,n].
+/// `sum[n]` = Σ over the rows of `x[m,n]`.
 pub fn sum_rows(sum: &mut [f32], x: &[f32]) {
     let n = sum.len();
     assert!(n > 0 && x.len().is_multiple_of(n), "{} elements are no rows of {n}", x.len());

@@ -6,24 +6,24 @@ fn update(accumulate: bool) -> Update {
     if accumulate { Update::Add } else { Update::Set }
 }
 
-/// c[m,n] = a[m,k] · b[n,k]ᵀ, added to c if `accumulate`.
+/// `c[m,n]` = `a[m,k]` · `b[n,k]ᵀ`, added to c if `accumulate`.
 pub fn matmul_nt(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
     product(MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, n, k).t(), 1.0, update(accumulate), Threads::All);
 }
 
-/// c[m,n] = a[m,k] · b[k,n], added to c if `accumulate`.
+/// `c[m,n]` = `a[m,k]` · `b[k,n]`, added to c if `accumulate`.
 pub fn matmul_nn(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
     product(MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, k, n), 1.0, update(accumulate), Threads::All);
 }
 
-/// c[m,n] = a[k,m]ᵀ · b[k,n], added to c if `accumulate`.
+/// `c[m,n]` = `a[k,m]ᵀ` · `b[k,n]`, added to c if `accumulate`.
 pub fn matmul_tn(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
     product(MatMut::new(c, m, n), Mat::new(a, k, m).t(), Mat::new(b, k, n), 1.0, update(accumulate), Threads::All);
 }
 
 /// The same products by three plain loops.
 pub mod scalar {
-    /// c[m,n] = Σ_k a(i, l)·b(l, j), summed in f64 in the order of l.
+    /// `c[m,n]` = Σ_k a(i, l)·b(l, j), summed in f64 in the order of l.
     pub fn matmul(a: impl Fn(usize, usize) -> f32, b: impl Fn(usize, usize) -> f32, m: usize, n: usize, k: usize) -> Vec<f32> {
         let mut c = Vec::with_capacity(m * n);
         for i in 0..m {

@@ -9,14 +9,14 @@ use crate::scratch::Scratch;
 /// Rows of one task: fixed, so that the order in which dw is summed never depends on the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
-/// y[m,h] from x[m,h] and w[h].
+/// `y[m,h]` from `x[m,h]` and `w[h]`.
 pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
     let h = width(x, w);
     assert_eq!(y.len(), x.len());
     y.par_chunks_mut(h * ROWS_PER_TASK).zip(x.par_chunks(h * ROWS_PER_TASK)).for_each(|(y, x)| forward_rows(y, x, w, eps));
 }
 
-/// dx[m,h] and dw[h] (both overwritten) from dy[m,h].
+/// `dx[m,h]` and `dw[h]` (both overwritten) from `dy[m,h]`.
 ///
 /// With r = 1/sqrt(mean(x²) + eps): dx = r·(w·dy) − x · r³/h · Σ(w·dy·x), dw = Σ_rows dy·x·r.
 pub fn backward(dx: &mut [f32], dw: &mut [f32], x: &[f32], w: &[f32], dy: &[f32], eps: f32) {

@@ -1,6 +1,6 @@
 //! Which experts a token goes to. The correction bias picks experts and never weights them (it is in no other formula).
 
-/// indices[t, top_k]: for each token the experts with the largest probs[t, e] + bias[e], summed in f32, best first; ties go to the lower index.
+/// indices[t, top_k]: for each token the experts with the largest `probs[t, e]` + `bias[e]`, summed in f32, best first; ties go to the lower index.
 pub fn select(probs: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize) -> Vec<u32> {
     assert!(experts > 0 && probs.len().is_multiple_of(experts), "{} probabilities are no rows of {experts}", probs.len());
     assert!(top_k <= experts, "{top_k} of {experts} experts");

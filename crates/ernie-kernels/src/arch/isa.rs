@@ -1,4 +1,4 @@
-//! Which instruction set the processor has, asked once; and [`simd_fn!`], which compiles one loop for each of them.
+//! Which instruction set the processor has, asked once; and `simd_fn!`, which compiles one loop for each of them.
 //!
 //! Binaries are built for the oldest processor of an architecture, so the compiler may use wide registers only inside functions marked
 //! `#[target_feature]`. `simd_fn!` writes those functions: the body is ordinary safe code, in a form the compiler can vectorise (slices, plain

@@ -7,19 +7,19 @@ use crate::rope::scalar::apply_interleaved;
 
 /// Results of [`forward`].
 pub struct Forward {
-    /// [t, qh·d].
+    /// `[t, qh·d]`.
     pub out: Vec<f64>,
-    /// [qh, t].
+    /// `[qh, t]`.
     pub lse: Vec<f64>,
 }
 
 /// Results of [`backward`].
 pub struct Backward {
-    /// [t, qh·d].
+    /// `[t, qh·d]`.
     pub dq: Vec<f64>,
-    /// [t, kvh·d].
+    /// `[t, kvh·d]`.
     pub dk: Vec<f64>,
-    /// [t, kvh·d].
+    /// `[t, kvh·d]`.
     pub dv: Vec<f64>,
 }
 

@@ -6,25 +6,25 @@ use super::Shape;
 /// Weights in f64; see [`Weights`](super::Weights). A model without biases has zeros.
 #[derive(Clone)]
 pub struct Weights {
-    /// [e, i, h].
+    /// `[e, i, h]`.
     pub gate: Vec<f64>,
-    /// [e, i, h].
+    /// `[e, i, h]`.
     pub up: Vec<f64>,
-    /// [e, h, i].
+    /// `[e, h, i]`.
     pub down: Vec<f64>,
-    /// [e, i].
+    /// `[e, i]`.
     pub gate_bias: Vec<f64>,
-    /// [e, i].
+    /// `[e, i]`.
     pub up_bias: Vec<f64>,
-    /// [e, h].
+    /// `[e, h]`.
     pub down_bias: Vec<f64>,
 }
 
 /// Gradients, shaped as what they belong to.
 pub struct Gradients {
-    /// dx[t, h].
+    /// `dx[t, h]`.
     pub x: Vec<f64>,
-    /// Of the routing weights, [t, k].
+    /// Of the routing weights, `[t, k]`.
     pub routing: Vec<f64>,
     /// Of the experts' weights.
     pub weights: Weights,
