@@ -8,3 +8,7 @@ mod layout;
 mod save;
 mod sentencepiece;
 mod tokenizer;
+
+pub use chat_template::{ChatTemplate, ChatTemplateError, ChatTemplateOptions, Message};
+pub use sentencepiece::SentencePieceError;
+pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer, TokenizerError};
