@@ -150,6 +150,8 @@ mod avx512 {
     use super::{Sizes, Strides, Weight};
     use std::arch::x86_64::*;
 
+    // All of them, though the code needs F alone: without VL the compiler leaves half of the registers unused and spills sums to memory.
+
     const LANES: usize = 16;
 
     /// Sixteen weights, widened.
@@ -157,7 +159,7 @@ mod avx512 {
     /// # Safety
     /// `p` is readable for sixteen weights.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     unsafe fn load<W: Weight>(p: *const W) -> __m512 {
         // SAFETY: by the caller; both loads are unaligned ones.
         unsafe {
@@ -175,7 +177,7 @@ mod avx512 {
     /// # Safety
     /// `p` is readable for `len` weights.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     unsafe fn load_tail<W: Weight>(p: *const W, len: usize) -> __m512 {
         let mut padded = [W::ZERO; LANES];
         // SAFETY: `len < LANES` weights are readable at `p` by the caller, and `padded` holds LANES.
@@ -190,7 +192,7 @@ mod avx512 {
     /// # Safety
     /// `x` is readable for `T·k` values, `w` for `R·k` weights.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     unsafe fn tile<W: Weight, const R: usize, const T: usize>(x: *const f32, w: *const W, k: usize) -> [[f32; R]; T] {
         let mut sums = [[_mm512_setzero_ps(); R]; T];
         let full = k / LANES * LANES;
@@ -230,7 +232,7 @@ mod avx512 {
 
     /// # Safety
     /// AVX-512F; `x` is `[m, k]`, `w` is `[n, k]`.
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     pub unsafe fn panel<W: Weight>(out: &mut [f32], strides: Strides, x: &[f32], w: &[W], sizes: Sizes) {
         panel_loop!(out, strides, x, w, sizes, 8, 6, [1, 2, 3, 4, 5, 6]);
     }
