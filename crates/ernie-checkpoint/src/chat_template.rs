@@ -195,7 +195,7 @@ impl ChatTemplate {
         environment.set_recursion_limit(100);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned(TEMPLATE_NAME, source.to_owned()).map_err(|error| describe(&origin, &error))?;
+        environment.add_template_owned(TEMPLATE_NAME, without_generation_tags(source)).map_err(|error| describe(&origin, &error))?;
         Ok(Self { environment, origin, special })
     }
 
@@ -210,7 +210,7 @@ impl ChatTemplate {
         options: &ChatTemplateOptions,
     ) -> Result<String, ChatTemplateError> {
         let message =
-            |message: &Message| Value::from_iter([("role", Value::from(&*message.role)), ("content", Value::from(&*message.content))]);
+            |message: &Message| Value::from_pairs([("role", Value::from(&*message.role)), ("content", Value::from(&*message.content))]);
         let mut context = vec![
             ("messages".to_owned(), messages.iter().map(message).collect::<Vec<_>>().into()),
             ("add_generation_prompt".to_owned(), add_generation_prompt.into()),
@@ -232,7 +232,7 @@ impl ChatTemplate {
 
         let template = self.environment.get_template(TEMPLATE_NAME).map_err(|error| describe(&self.origin, &error))?;
         let mut output = BoundedOutput::default();
-        let rendered = template.render_captured_to(Value::from_iter(context), &mut output).map(drop);
+        let rendered = template.render_captured_to(Value::from_pairs(context), &mut output).map(drop);
         match rendered {
             _ if output.overflowed => Err(ChatTemplateError::TooLong { origin: self.origin.clone() }),
             Err(error) => Err(describe(&self.origin, &error)),
@@ -240,6 +240,32 @@ impl ChatTemplate {
             Ok(()) => Ok(String::from_utf8_lossy(&output.bytes).into_owned()),
         }
     }
+}
+
+/// `{% generation %}` and `{% endgeneration %}` mark the assistant's text for training masks (an extension of transformers);
+/// a rendering is the same without them. The replacement keeps each tag's whitespace control.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(end) = rest[start..].find("%}").map(|length| start + length) else { break };
+        let tag = &rest[start + 2..end];
+        let name = tag.trim_matches(['-', '+', ' ', '\t', '\n', '\r']);
+        let replacement = match name {
+            "generation" => "if true",
+            "endgeneration" => "endif",
+            _ => name,
+        };
+        out.push_str(&rest[..start + 2]);
+        if replacement == name {
+            out.push_str(tag);
+        } else {
+            out.push_str(&tag.replacen(name, replacement, 1));
+        }
+        rest = &rest[end..];
+    }
+    out.push_str(rest);
+    out
 }
 
 fn find_source(dir: &Path) -> Result<Option<(String, PathBuf)>, ChatTemplateError> {
@@ -364,7 +390,7 @@ fn from_json(json: &Json) -> Value {
         },
         Json::String(text) => text.as_str().into(),
         Json::Array(list) => list.iter().map(from_json).collect::<Vec<_>>().into(),
-        Json::Object(fields) => fields.iter().map(|(name, value)| (name.clone(), from_json(value))).collect(),
+        Json::Object(fields) => Value::from_pairs(fields.iter().map(|(name, value)| (name.clone(), from_json(value)))),
     }
 }
 
