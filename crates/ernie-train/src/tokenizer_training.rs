@@ -38,7 +38,7 @@ pub const RESERVED: usize = SPECIAL_TOKENS.len() + 256;
 pub const WORD_PATTERN: &str =
     r" ?[\p{L}\p{M}&&[^\p{Han}]]+(?:['’](?:s|t|d|m|ll|ve|re))?|\p{Han}{1,16}|\p{N}|\n| ?[^\s\p{L}\p{M}\p{N}\p{Han}]+|[^\S\n]+";
 
-/// The family's text template (PaddlePaddle/ERNIE-4.5-*-PT), as released in tokenizer_config.json.
+/// The family's text template, for tokenizer_config.json; `data::render` writes the same text.
 const CHAT_TEMPLATE: &str = "{%- if not add_generation_prompt is defined -%}{%- set add_generation_prompt = true -%}{%- endif -%}{%- if not cls_token is defined -%}{%- set cls_token = \"<|begin_of_sentence|>\" -%}{%- endif -%}{%- if not sep_token is defined -%}{%- set sep_token = \"<|end_of_sentence|>\" -%}{%- endif -%}{{- cls_token -}}{%- for message in messages -%}{%- if message[\"role\"] == \"user\" -%}{{- \"User: \" + message[\"content\"] + \"\n\" -}}{%- elif message[\"role\"] == \"assistant\" -%}{{- \"Assistant: \" + message[\"content\"] + sep_token -}}{%- elif message[\"role\"] == \"system\" -%}{{- message[\"content\"] + \"\n\" -}}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- \"Assistant: \" -}}{%- endif -%}";
 
 /// A trained tokenizer: the files' contents.

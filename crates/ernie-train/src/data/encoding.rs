@@ -1,10 +1,10 @@
 //! Documents as token ids: dialogues under the family's chat template, running text ended by `</s>`.
+use ernie_checkpoint::Tokenizer;
 use std::path::Path;
-use tokenizers::Tokenizer;
 
 use super::Error;
 use super::sources::{Body, Role};
-use crate::tokenizer_training::{END_OF_SENTENCE, END_OF_TEXT_ID, SPECIAL_TOKENS, START_OF_DIALOGUE};
+use crate::tokenizer_training::{END_OF_SENTENCE, SPECIAL_TOKENS, START_OF_DIALOGUE};
 
 /// The text of a document: a dialogue under the family's template,
 /// `<|begin_of_sentence|>User: …\nAssistant: …<|end_of_sentence|>User: …`, system text first on its own line.
@@ -27,6 +27,7 @@ pub fn render(body: &Body) -> String {
 /// A tokenizer and the hash of its file.
 pub struct Encoder {
     tokenizer: Tokenizer,
+    end_of_text: u32,
     fingerprint: blake3::Hash,
 }
 
@@ -37,12 +38,16 @@ impl std::fmt::Debug for Encoder {
 }
 
 impl Encoder {
-    /// The tokenizer.json of a folder.
+    /// The tokenizer.json (or tokenizer.model) of a folder. It must name an end-of-text token (`eos_token`).
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
-        let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| Error::Tokenizer { origin: path, problem: error.to_string() })?;
-        Ok(Self { tokenizer, fingerprint: blake3::hash(&bytes) })
+        let refuse = |problem: String| Error::Tokenizer { origin: dir.to_path_buf(), problem };
+        let tokenizer = Tokenizer::from_dir(dir).map_err(|error| refuse(error.to_string()))?;
+        let end_of_text =
+            tokenizer.eos_id().ok_or_else(|| refuse("it has no eos_token to end a text with; name one in tokenizer_config.json".into()))?;
+        let name = if dir.join("tokenizer.json").is_file() { "tokenizer.json" } else { "tokenizer.model" };
+        let path = dir.join(name);
+        let bytes = std::fs::read(&path).map_err(|source| Error::Read { path, source })?;
+        Ok(Self { tokenizer, end_of_text, fingerprint: blake3::hash(&bytes) })
     }
 
     /// Hash of the tokenizer's file.
@@ -52,7 +57,7 @@ impl Encoder {
 
     /// Ids in use.
     pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
+        self.tokenizer.vocab_size()
     }
 
     /// A document's ids. The names of special tokens inside a document's own text are spelled out as text.
@@ -61,7 +66,7 @@ impl Encoder {
         match body {
             Body::Text(text) => {
                 self.append_text(text, &mut ids)?;
-                ids.push(END_OF_TEXT_ID);
+                ids.push(self.end_of_text);
             }
             Body::Dialogue(turns) if turns.iter().any(|turn| next_special(&turn.content).is_some()) => {
                 let escaped = turns.iter().map(|turn| super::sources::Turn { role: turn.role, content: break_specials(&turn.content) });
@@ -73,9 +78,8 @@ impl Encoder {
     }
 
     fn append(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Error> {
-        let encoding = self.tokenizer.encode_fast(text, false);
-        let encoding = encoding.map_err(|error| Error::Tokenizer { origin: "tokenizer.json".into(), problem: error.to_string() })?;
-        ids.extend_from_slice(encoding.get_ids());
+        let encoded = self.tokenizer.encode(text, false);
+        ids.extend(encoded.map_err(|error| Error::Tokenizer { origin: "in use".into(), problem: error.to_string() })?);
         Ok(())
     }
 

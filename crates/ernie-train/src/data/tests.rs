@@ -304,6 +304,31 @@ fn special_tokens_inside_text_stay_text() {
 }
 
 #[test]
+fn the_family_template_renders_what_is_trained_on() {
+    use ernie_checkpoint::{ChatTemplate, ChatTemplateOptions, Message};
+    let dir = tempfile::tempdir().unwrap();
+    let (_, prepared) = prepared(dir.path());
+    let turn = |role, content: &str| sources::Turn { role, content: content.into() };
+    let turns = vec![
+        turn(sources::Role::System, "Be kind."),
+        turn(sources::Role::User, "Hi\nyou"),
+        turn(sources::Role::Assistant, "你好 "),
+        turn(sources::Role::User, " again"),
+        turn(sources::Role::Assistant, "{{ yes }}"),
+    ];
+    let name = |role| match role {
+        sources::Role::System => "system",
+        sources::Role::User => "user",
+        sources::Role::Assistant => "assistant",
+    };
+    let messages: Vec<Message> = turns.iter().map(|turn| Message::new(name(turn.role), turn.content.clone())).collect();
+    let options = ChatTemplateOptions::default();
+    for template in [ChatTemplate::builtin(), ChatTemplate::from_dir(&prepared.tokenizer_dir).unwrap().unwrap()] {
+        assert_eq!(template.render(&messages, false, &options).unwrap(), render(&Body::Dialogue(turns.clone())));
+    }
+}
+
+#[test]
 fn duplicates_are_left_out_and_empty_sources_refused() {
     let dir = tempfile::tempdir().unwrap();
     let recipe = world(dir.path());
