@@ -31,6 +31,7 @@ IGNORE = -100
 ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 MTP_LAMBDA = 0.1
 TOKEN_MARGIN, ROUTER_GAP = 5e-3, 5e-5
+ROUTER_GAPS = {"moe_k6": 2e-5}  # 16 scores around 30 lie close; one step of float32 there is 1.9e-6
 CORRECTION_BIAS = ".moe_statics.e_score_correction_bias"
 
 DENSE = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -272,7 +273,6 @@ def golden(model, generator, name):
     with watch_routers(model) as seen:
         out, grads = loss_and_gradients(model, tokens)
         token_losses = cross_entropy(out["logits"], tokens[:, 1:], reduction="none").reshape(BATCH, LENGTH)
-        # Most numbers are a share of something: how many tokens the correction bias sends elsewhere.
         changed = sum(a != b for a, b in zip(seen["chosen"], seen["without_bias"])) / max(1, len(seen["chosen"]))
         new_tokens, margin = greedy(model, prompt)
         targets, packed_logits, packed_losses, packed_loss, packed_grads = packed(model, tokens[0, :-1])
@@ -281,7 +281,8 @@ def golden(model, generator, name):
 
     require(2 not in new_tokens and len(set(new_tokens)) >= 6, f"dull greedy tokens {new_tokens}")
     require(margin > TOKEN_MARGIN, f"greedy margin {margin}")
-    require(min(seen["gap"]) > ROUTER_GAP and training_gap > ROUTER_GAP, f"router gaps {min(seen['gap'])}, {training_gap}")
+    smallest_gap = ROUTER_GAPS.get(name, ROUTER_GAP)
+    require(min(seen["gap"]) > smallest_gap and training_gap > smallest_gap, f"router gaps {min(seen['gap'])}, {training_gap}")
     require(not moe or changed > 0.2, f"the correction bias changes only {changed} of the choices")
     require(losses[-1] < losses[0] - 0.05, f"training does not learn: {losses}")
     require(out["logits"].std() > 0.5, "flat logits")
@@ -390,12 +391,6 @@ def make(name):
         print(f"{name}: seed {seed}: loss {record['loss']:.4f} -> {record['adamw']['loss_after']:.4f}, {record.get('router')}", flush=True)
         return
     raise SystemExit(f"{name}: no seed will do")
-
-
-def load(name):
-    model = build(CONFIGS[name])
-    stored = load_file(MODELS / name / "model.safetensors")
-    return model, stored
 
 
 def reload(name, weights):
