@@ -22,3 +22,13 @@ pub mod text;
 pub use batch::PackedBatch;
 pub use parameters::{LoadError, NamedParameters};
 pub use text::{Ernie, LossWeights, Losses};
+
+/// The CPU, with a tape for gradients.
+pub fn training_device() -> burn::prelude::Device {
+    burn::prelude::Device::flex().autodiff()
+}
+
+/// The CPU, without a tape.
+pub fn inference_device() -> burn::prelude::Device {
+    burn::prelude::Device::flex()
+}

@@ -99,10 +99,10 @@ impl Moe {
 
     /// Chosen experts `[t, k]` and their normalised weights `[t, k]` (on the tape: the gradient reaches the router through them).
     fn select(&self, probs_te: &Tensor<2>) -> (Arc<[u32]>, Tensor<2>) {
-        let [tokens, _] = probs_te.dims();
+        let [tokens, experts] = probs_te.dims();
         let probs = ops::host_f32(probs_te);
         let bias = ops::host_f32(&self.moe_statics.e_score_correction_bias.val());
-        let indices = router::select(&probs, Some(&bias), self.top_k);
+        let indices = router::select(&probs, Some(&bias), experts, self.top_k);
         let index_data = TensorData::new(indices.iter().map(|&e| e as i64).collect::<Vec<_>>(), [tokens, self.top_k]);
         let index_tk = Tensor::<2, Int>::from_data(index_data, &probs_te.device());
         let chosen_tk = probs_te.clone().gather(1, index_tk);

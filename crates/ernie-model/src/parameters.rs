@@ -2,7 +2,10 @@
 //!
 //! A parameter's *internal* name is its path of fields (`model.layers.1.mlp.experts.gate_proj`), with the experts of a layer stacked in one
 //! tensor. Its *checkpoint* names are those of the released models (`model.layers.1.mlp.experts.0.gate_proj.weight`, …).
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+};
 
 use crate::{init::Init, ops, text::Ernie};
 use burn::{
@@ -32,6 +35,14 @@ pub enum LoadError {
     /// The checkpoint itself is at fault.
     #[error(transparent)]
     Checkpoint(#[from] ernie_checkpoint::Error),
+    /// A tensor that this network has no place for: leaving it out would compute something else than the checkpoint means.
+    #[error("{}: tensor `{tensor}` belongs to a part that training does not have (vision, or biases of routed experts)", checkpoint.display())]
+    Unread {
+        /// Model directory.
+        checkpoint: PathBuf,
+        /// Its name.
+        tensor: String,
+    },
 }
 
 impl Parameter {
@@ -58,16 +69,18 @@ impl Ernie {
     /// The network of a checkpoint, in f32.
     ///
     /// # Errors
-    /// If a tensor is missing, misshapen or not finite.
+    /// If a tensor is missing, misshapen, not finite, or has no place in the network.
     pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self, LoadError> {
+        checkpoint.validate()?;
         let mut config: Config = checkpoint.config().clone();
         config.tie_word_embeddings = checkpoint.tied();
+        let mut unread = checkpoint.names().map(String::from).collect::<HashSet<_>>();
         let mut failure = None;
         let model = Self::with_init(&config, &mut Init::zeros(device)).map_parameters(|parameter, values| {
             if failure.is_some() {
                 return values;
             }
-            match read(checkpoint, parameter) {
+            match read(checkpoint, parameter, &mut unread) {
                 Ok(read) => read,
                 Err(error) => {
                     failure = Some(error);
@@ -75,8 +88,11 @@ impl Ernie {
                 }
             }
         });
-        match failure {
-            Some(error) => Err(error.into()),
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        match unread.into_iter().min() {
+            Some(tensor) => Err(LoadError::Unread { checkpoint: checkpoint.origin().to_path_buf(), tensor }),
             None => Ok(model),
         }
     }
@@ -135,11 +151,12 @@ pub fn split(parameter: &Parameter, values: Vec<f32>) -> Vec<(String, Vec<usize>
     tensors.into_iter().zip(values.chunks(each)).map(|((name, shape), part)| (name, shape, part.to_vec())).collect()
 }
 
-fn read(checkpoint: &Checkpoint, parameter: &Parameter) -> Result<Vec<f32>, ernie_checkpoint::Error> {
-    let mut values = Vec::new();
-    for (name, shape) in parameter.checkpoint_tensors() {
-        let tensor = checkpoint.tensor_of_shape(&name, &shape)?;
-        values.append(&mut tensor.to_f32()?);
+/// Shapes have been checked by [`Checkpoint::validate`] against the same configuration that shaped the network.
+fn read(checkpoint: &Checkpoint, parameter: &Parameter, unread: &mut HashSet<String>) -> Result<Vec<f32>, ernie_checkpoint::Error> {
+    let mut values = Vec::with_capacity(parameter.shape.iter().product());
+    for (name, _) in parameter.checkpoint_tensors() {
+        values.append(&mut checkpoint.tensor(&name)?.to_f32()?);
+        unread.remove(&name);
     }
     Ok(values)
 }

@@ -177,6 +177,11 @@ impl Ernie {
         &self.config
     }
 
+    /// The same network off the tape, sharing its weights: for validation.
+    pub fn without_tape(&self) -> Self {
+        self.valid()
+    }
+
     /// Makes the rotary table cover documents of up to `positions` tokens. [`Ernie::forward`] asserts that it does.
     pub fn reserve_positions(&mut self, positions: usize) {
         if self.rope.positions() < positions {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 use crate::data::sources::Format;
+use crate::schedule::ScheduleConfig;
 
 /// What is wrong with a recipe.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +63,39 @@ pub struct Recipe {
     #[serde(default)]
     pub optimizer: Optimizer,
     /// Learning rate over the run.
-    #[serde(default)]
-    pub schedule: Schedule,
+    #[serde(default = "default_schedule")]
+    pub schedule: ScheduleConfig,
     /// Auxiliary losses of the router and of multi-token prediction.
     #[serde(default)]
     pub loss: Loss,
+    /// A second, smaller copy of the finished model, to be shipped.
+    pub export: Option<Export>,
+}
+
+fn default_schedule() -> ScheduleConfig {
+    ScheduleConfig::Wsd { warmup_steps: 100, decay_fraction: 0.2, min_lr_ratio: 0.05 }
+}
+
+/// `[export]`: where the finished model goes beside `<run.out>/model`, with a model card.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Export {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Element type of the matrices.
+    pub dtype: ExportDtype,
+}
+
+/// Element type of an exported model's matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportDtype {
+    /// Exact.
+    F32,
+    /// Rounded to nearest even.
+    Bf16,
+    /// One scale per output channel.
+    Int8,
 }
 
 /// `[run]`: length, output and rhythm of the run.
@@ -224,38 +253,6 @@ pub struct Optimizer {
 impl Default for Optimizer {
     fn default() -> Self {
         Self { lr: 2e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1.0 }
-    }
-}
-
-/// The shape of the learning rate over the run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Warm-up, stable, decay (arXiv 2404.06395).
-    Wsd,
-    /// Warm-up, then half a cosine.
-    Cosine,
-    /// Warm-up, then constant.
-    Constant,
-}
-
-/// `[schedule]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Schedule {
-    /// The shape.
-    pub kind: ScheduleKind,
-    /// Steps of linear warm-up.
-    pub warmup_steps: u64,
-    /// Share of the run spent decaying (wsd only).
-    pub decay_fraction: f64,
-    /// Last learning rate over the peak.
-    pub min_lr_ratio: f64,
-}
-
-impl Default for Schedule {
-    fn default() -> Self {
-        Self { kind: ScheduleKind::Wsd, warmup_steps: 100, decay_fraction: 0.2, min_lr_ratio: 0.05 }
     }
 }
 
@@ -498,8 +495,6 @@ impl Recipe {
             ("optimizer.eps", optimizer.eps, f64::MIN_POSITIVE, 1.0),
             ("optimizer.weight_decay", optimizer.weight_decay, 0.0, 10.0),
             ("optimizer.clip_norm", optimizer.clip_norm, 0.0, f64::MAX),
-            ("schedule.decay_fraction", self.schedule.decay_fraction, 0.0, 1.0),
-            ("schedule.min_lr_ratio", self.schedule.min_lr_ratio, 0.0, 1.0),
             ("loss.balance", self.loss.balance, 0.0, f64::MAX),
             ("loss.z_loss", self.loss.z_loss, 0.0, f64::MAX),
             ("loss.orthogonality", self.loss.orthogonality, 0.0, f64::MAX),
@@ -510,8 +505,8 @@ impl Recipe {
                 return Err(invalid(key, format!("{value} is out of range"), format!("give a number from {low:e} to {high:e}")));
             }
         }
-        if self.schedule.warmup_steps >= self.total_steps() {
-            let problem = format!("{} of {} steps", self.schedule.warmup_steps, self.total_steps());
+        if self.schedule.warmup_steps() >= self.total_steps() {
+            let problem = format!("{} of {} steps", self.schedule.warmup_steps(), self.total_steps());
             return Err(invalid("schedule.warmup_steps", problem, "warm up for fewer steps than the run has"));
         }
         Ok(())

@@ -15,7 +15,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
 
 use crate::data::random::{key, permutation};
-use crate::data::sources::Body;
+use crate::data::sources::{Body, Role};
 use crate::data::{Documents, Error, body_bytes, write_atomically};
 use crate::recipe::Recipe;
 
@@ -96,12 +96,14 @@ impl WordCounter {
     fn add(&mut self, body: &Body) -> Result<(), Error> {
         match body {
             Body::Text(text) => self.add_text(text),
-            Body::Dialogue(turns) => {
-                for turn in turns {
-                    self.add_text(&format!("User: {}\n", turn.content))?;
+            Body::Dialogue(turns) => turns.iter().try_for_each(|turn| match turn.role {
+                Role::System => self.add_text(&turn.content),
+                Role::User => self.add_text(&format!("User: {}\n", turn.content)),
+                Role::Assistant => {
+                    self.add_text("Assistant: ")?;
+                    self.add_text(&turn.content)
                 }
-                self.add_text("Assistant:")
-            }
+            }),
         }
     }
 

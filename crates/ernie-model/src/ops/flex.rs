@@ -135,8 +135,12 @@ impl FusedKernels for Flex {
         let (mut dk, mut dv) = (zeros(len(&k)), zeros(len(&v)));
         let dq = filled(&q, |dq| {
             kernels::attention::backward(
-                [dq, &mut dk, &mut dv],
-                [slice(&q), slice(&k), slice(&v)],
+                dq,
+                &mut dk,
+                &mut dv,
+                slice(&q),
+                slice(&k),
+                slice(&v),
                 slice(&out),
                 lse,
                 slice(&dy),
@@ -157,13 +161,14 @@ impl FusedKernels for Flex {
         (tensor(y, shape(&x)), Arc::new(saved))
     }
 
-    fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, context: &ExpertsContext, dy: X) -> [X; 5] {
+    fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, dy: X) -> [X; 5] {
         let [x, gate, up, down, weights] = inputs.each_ref().map(ordered);
         let dy = ordered(&dy);
         let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down));
         let mut gradients = inputs.each_ref().map(|input| zeros(len(input)));
-        let shape_ = experts_shape(&x, &gate, context);
-        kernels::experts::backward(saved, &mut gradients, slice(&x), &stacks, &context.indices, slice(&weights), slice(&dy), shape_);
+        let [dx, dgate, dup, ddown, dweights] = &mut gradients;
+        let into = kernels::experts::Gradients::new(dx, dgate, dup, ddown, dweights);
+        kernels::experts::backward(saved, into, slice(&x), &stacks, slice(&weights), slice(&dy));
         let [dx, dgate, dup, ddown, dweights] = gradients;
         [
             tensor(dx, shape(&x)),
@@ -176,8 +181,7 @@ impl FusedKernels for Flex {
 
     fn head_cross_entropy_kernel(states: &X, w: &X, targets: &[i32]) -> X {
         let (states, w) = (ordered(states), ordered(w));
-        let [_, hidden] = dims(&w);
-        let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), targets, hidden);
+        let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), targets);
         let scored = targets.iter().filter(|&&target| target != kernels::cross_entropy::IGNORE).count();
         let sum = losses.iter().map(|&loss| loss as f64).sum::<f64>();
         tensor(vec![(sum / scored.max(1) as f64) as f32], [1])
@@ -185,9 +189,8 @@ impl FusedKernels for Flex {
 
     fn head_cross_entropy_with_gradient(states: &X, w: &X, targets: &[i32]) -> (X, [X; 2]) {
         let (states, w) = (ordered(states), ordered(w));
-        let [_, hidden] = dims(&w);
         let (mut dstates, mut dw) = (zeros(len(&states)), zeros(len(&w)));
-        let loss = kernels::cross_entropy::loss_and_grad(&mut dstates, &mut dw, slice(&states), slice(&w), targets, hidden);
+        let loss = kernels::cross_entropy::loss_and_grad(&mut dstates, &mut dw, slice(&states), slice(&w), targets);
         (tensor(vec![loss], [1]), [tensor(dstates, shape(&states)), tensor(dw, shape(&w))])
     }
 

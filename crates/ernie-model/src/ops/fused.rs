@@ -55,7 +55,6 @@ pub(super) trait FusedKernels: Backend {
     fn routed_experts_gradient(
         inputs: [FloatTensor<Self>; 5],
         saved: &ernie_kernels::experts::Saved,
-        context: &ExpertsContext,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 5];
     fn head_cross_entropy_kernel(states: &FloatTensor<Self>, w: &FloatTensor<Self>, targets: &[i32]) -> FloatTensor<Self>;

@@ -47,8 +47,8 @@ backward!(Swiglu, 2, Pair<B>, |[gate, up], dy| B::swiglu_gradient(gate, up, dy))
 backward!(RopeAttention, 3, ([FloatTensor<B>; 3], FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(qkv, out, lse, context), dy| {
     B::rope_attention_gradient(qkv, out, &lse, &context, dy)
 });
-backward!(RoutedExperts, 5, ([FloatTensor<B>; 5], Arc<experts::Saved>, ExpertsContext), |(inputs, saved, context), dy| {
-    B::routed_experts_gradient(inputs, &saved, &context, dy)
+backward!(RoutedExperts, 5, ([FloatTensor<B>; 5], Arc<experts::Saved>), |(inputs, saved), dy| {
+    B::routed_experts_gradient(inputs, &saved, dy)
 });
 backward!(HeadCrossEntropy, 2, Pair<B>, |gradients, dy| gradients.map(|gradient| B::scaled_kernel(gradient, &dy)));
 backward!(Embedding, 1, ([usize; 2], Arc<[u32]>), |(shape, ids), dy| [B::embedding_gradient(shape, &ids, dy)]);
@@ -111,7 +111,7 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         let inputs = [x, gate, up, down, weights];
         let (y, saved) = B::routed_experts_kernel(&inputs, &context);
         let nodes = [x_node, gate_node, up_node, down_node, weights_node];
-        record::<B, C, _, 5>(RoutedExperts, nodes, y, || (inputs, saved, context))
+        record::<B, C, _, 5>(RoutedExperts, nodes, y, || (inputs, saved))
     }
 
     fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<[i32]>) -> FloatTensor<Self> {

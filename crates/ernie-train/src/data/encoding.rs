@@ -3,25 +3,35 @@ use ernie_checkpoint::Tokenizer;
 use std::path::Path;
 
 use super::Error;
-use super::sources::{Body, Role};
+use super::sources::{Body, Role, Turn};
 use crate::tokenizer_training::{END_OF_SENTENCE, SPECIAL_TOKENS, START_OF_DIALOGUE};
 
 /// The text of a document: a dialogue under the family's template,
 /// `<|begin_of_sentence|>User: …\nAssistant: …<|end_of_sentence|>User: …`, system text first on its own line.
 pub fn render(body: &Body) -> String {
-    let turns = match body {
-        Body::Text(text) => return text.clone(),
-        Body::Dialogue(turns) => turns,
-    };
-    let mut out = String::from(START_OF_DIALOGUE);
+    match body {
+        Body::Text(text) => text.clone(),
+        Body::Dialogue(turns) => parts(turns).concat(),
+    }
+}
+
+/// A dialogue's text, cut after every `Assistant: `: in a chat the prompt up to there is tokenised before the answer
+/// exists, and tokenised as one string the space would become part of the answer's first word.
+fn parts(turns: &[Turn]) -> Vec<String> {
+    let mut parts = vec![String::from(START_OF_DIALOGUE)];
     for turn in turns {
+        let open = parts.len() - 1;
         match turn.role {
-            Role::System => out.extend([turn.content.as_str(), "\n"]),
-            Role::User => out.extend(["User: ", turn.content.as_str(), "\n"]),
-            Role::Assistant => out.extend(["Assistant: ", turn.content.as_str(), END_OF_SENTENCE]),
+            Role::System => parts[open].extend([turn.content.as_str(), "\n"]),
+            Role::User => parts[open].extend(["User: ", turn.content.as_str(), "\n"]),
+            Role::Assistant => {
+                parts[open].push_str("Assistant: ");
+                parts.push(format!("{}{END_OF_SENTENCE}", turn.content));
+                parts.push(String::new());
+            }
         }
     }
-    out
+    parts
 }
 
 /// A tokenizer and the hash of its file.
@@ -68,11 +78,13 @@ impl Encoder {
                 self.append_text(text, &mut ids)?;
                 ids.push(self.end_of_text);
             }
-            Body::Dialogue(turns) if turns.iter().any(|turn| next_special(&turn.content).is_some()) => {
-                let escaped = turns.iter().map(|turn| super::sources::Turn { role: turn.role, content: break_specials(&turn.content) });
-                self.append(&render(&Body::Dialogue(escaped.collect())), &mut ids)?;
+            Body::Dialogue(turns) => {
+                let spelled = |turn: &Turn| Turn { role: turn.role, content: break_specials(&turn.content) };
+                let turns: Vec<Turn> = turns.iter().map(spelled).collect();
+                for part in parts(&turns) {
+                    self.append(&part, &mut ids)?;
+                }
             }
-            Body::Dialogue(_) => self.append(&render(body), &mut ids)?,
         }
         Ok(ids)
     }

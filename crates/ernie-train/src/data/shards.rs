@@ -3,6 +3,7 @@
 //! Layout, little-endian: magic `ERNTOKEN`, version u32, bytes per token u32 (2 or 4), key 32 bytes (hash of what the
 //! shard is made from), documents u64, tokens u64; then per document its end u64 and its side u8 (1 = validation);
 //! then the tokens; then the BLAKE3 hash of all that precedes.
+use ernie_checkpoint::MappedFile;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
@@ -16,10 +17,10 @@ const MAGIC: &[u8; 8] = b"ERNTOKEN";
 const HEADER: usize = 8 + 4 + 4 + 32 + 8 + 8;
 const CHECKSUM: usize = 32;
 
-/// An open shard.
+/// An open shard, its tokens mapped from disk.
 #[derive(Debug)]
 pub struct Shard {
-    bytes: Vec<u8>,
+    bytes: MappedFile,
     key: blake3::Hash,
     tokens_at: usize,
     width: usize,
@@ -61,7 +62,7 @@ impl Shard {
     /// Opens a shard and verifies magic, version, key, lengths, document bounds and checksum.
     pub fn open(path: &Path, key: &blake3::Hash) -> Result<Self, Error> {
         let wrong = |problem: &str| Error::Shard { path: path.to_path_buf(), problem: problem.to_owned() };
-        let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+        let bytes = MappedFile::open(path).map_err(|error| wrong(&error.to_string()))?;
         if bytes.len() < HEADER + CHECKSUM || &bytes[..8] != MAGIC {
             return Err(wrong("it is not a token shard"));
         }

@@ -263,7 +263,8 @@ fn cached_files_are_used_verified_and_replaced() {
     let mut lying = good.clone();
     lying[48..56].copy_from_slice(&u64::MAX.to_le_bytes());
     for bytes in damage.into_iter().chain(lengths).chain([lying]) {
-        fs::write(&path, &bytes).unwrap();
+        // Written beside and renamed: a mapped file is never written in place.
+        write_atomically(&path, &bytes).unwrap();
         assert!(matches!(Shard::open(&path, &key), Err(Error::Shard { .. })), "damage was not seen");
     }
     let error = Shard::open(&path, &blake3::hash(b"other"));
@@ -301,6 +302,26 @@ fn special_tokens_inside_text_stay_text() {
     let body = Body::Dialogue(vec![turn(sources::Role::User, "x<|end_of_sentence|>"), turn(sources::Role::Assistant, "y")]);
     let ids = encoder.encode(&body).unwrap();
     assert_eq!(ids.iter().filter(|&&id| id < 5).copied().collect::<Vec<_>>(), [3, 4]);
+}
+
+#[test]
+fn a_dialogue_has_the_tokens_of_a_prompt_and_its_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, prepared) = prepared(dir.path());
+    let encoder = Encoder::from_dir(&prepared.tokenizer_dir).unwrap();
+    let turn = |role, content: &str| sources::Turn { role, content: content.into() };
+    let turns = [
+        (sources::Role::User, "cat"),
+        (sources::Role::Assistant, "dog"),
+        (sources::Role::User, "sun"),
+        (sources::Role::Assistant, "river"),
+    ];
+    let ids = encoder.encode(&Body::Dialogue(turns.map(|(role, content)| turn(role, content)).to_vec())).unwrap();
+    let tokenizer = ernie_checkpoint::Tokenizer::from_dir(&prepared.tokenizer_dir).unwrap();
+    let parts = ["<|begin_of_sentence|>User: cat\nAssistant: ", "dog<|end_of_sentence|>User: sun\nAssistant: ", "river<|end_of_sentence|>"];
+    let expected: Vec<u32> = parts.iter().flat_map(|part| tokenizer.encode(part, false).unwrap()).collect();
+    assert_eq!(ids, expected);
+    assert_ne!(ids, tokenizer.encode(&parts.concat(), false).unwrap(), "cut or not must differ for this test to say anything");
 }
 
 #[test]

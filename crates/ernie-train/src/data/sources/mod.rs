@@ -16,8 +16,8 @@ pub use files::{find_files, matches_pattern, read_text};
 use super::Error;
 use crate::recipe::Source;
 
-/// Changes when a reader's output changes, so that cached shards are made again.
-pub const READERS_VERSION: u32 = 2;
+/// Changes when what is read or how it is rendered and cut changes, so that cached shards are made again.
+pub const READERS_VERSION: u32 = 3;
 
 /// How the files of a source are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

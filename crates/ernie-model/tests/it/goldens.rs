@@ -1,0 +1,254 @@
+//! The network against transformers on tiny random models (see testdata/README.md): logits, loss, every gradient, ten optimizer steps, greedy
+//! tokens, packed documents, multi-token prediction.
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use ernie_checkpoint::Checkpoint;
+use ernie_kernels::adamw;
+use ernie_model::{Ernie, LossWeights, NamedParameters, PackedBatch, ops};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/models")
+}
+
+/// A golden: what transformers computed for one model.
+struct Golden {
+    name: String,
+    dir: PathBuf,
+    json: Value,
+    tensors: BTreeMap<String, Vec<f32>>,
+}
+
+impl Golden {
+    /// Every model directory with a golden of its own.
+    fn all() -> Vec<Golden> {
+        let mut dirs = std::fs::read_dir(models()).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+        dirs.sort();
+        let goldens = dirs.into_iter().filter(|dir| dir.join("golden.safetensors").exists()).map(Golden::read).collect::<Vec<_>>();
+        assert!(goldens.len() >= 10, "the goldens are missing: {}", goldens.len());
+        goldens
+    }
+
+    fn read(dir: PathBuf) -> Golden {
+        let json = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let bytes = std::fs::read(dir.join("golden.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let floats = |bytes: &[u8]| bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let tensors = file.iter().map(|(name, view)| (name.to_string(), floats(view.data()))).collect();
+        Golden { name: dir.file_name().unwrap().to_str().unwrap().to_string(), dir, json, tensors }
+    }
+
+    fn model(&self) -> Ernie {
+        let mut model = Ernie::load(&Checkpoint::open(&self.dir).unwrap(), &ernie_model::training_device()).unwrap();
+        model.reserve_positions(64);
+        model
+    }
+
+    /// The golden's sequences, packed; targets as the golden says.
+    fn batch(&self) -> PackedBatch {
+        let rows = |key: &str| self.json[key].as_array().unwrap().iter().map(integers).collect::<Vec<_>>();
+        let (ids, targets) = (rows("ids"), rows("targets"));
+        let bounds = ids.iter().scan(0, |end, row| {
+            *end += row.len() as u32;
+            Some(*end)
+        });
+        PackedBatch {
+            cu_seqlens: std::iter::once(0).chain(bounds).collect(),
+            ids: ids.concat().into_iter().map(|id| id as u32).collect(),
+            targets: targets.concat().into_iter().map(|id| id as i32).collect(),
+        }
+    }
+
+    fn loss_weights(&self) -> LossWeights {
+        LossWeights { mtp: self.json["mtp_weight"].as_f64().unwrap_or(0.0), ..LossWeights::default() }
+    }
+
+    fn number(&self, key: &str) -> f64 {
+        self.json[key].as_f64().unwrap_or_else(|| panic!("{}: golden.json lacks {key}", self.name))
+    }
+}
+
+fn integers(row: &Value) -> Vec<i64> {
+    row.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+}
+
+fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Gradients under their checkpoint names.
+fn by_checkpoint_name(model: &Ernie, gradients: &NamedParameters) -> BTreeMap<String, Vec<f32>> {
+    let split = |parameter| {
+        let gradient: &Vec<f32> = gradients.get(&(parameter as &ernie_model::parameters::Parameter).name)?;
+        Some(ernie_model::parameters::split(parameter, gradient.clone()))
+    };
+    model.parameters().iter().filter_map(split).flatten().map(|(name, _, values)| (name, values)).collect()
+}
+
+#[test]
+fn logits_and_loss_equal_transformers() {
+    for golden in Golden::all() {
+        let (model, batch) = (golden.model(), golden.batch());
+        let hidden = model.forward(&batch);
+        let logits = ops::host_f32(&model.logits(hidden.states_th));
+        let difference = max_difference(&logits, &golden.tensors["logits"]);
+        let loss = model.loss(&batch, &golden.loss_weights());
+        let total = ops::scalar(&loss.total) as f64;
+        println!("{:<24} logits max|Δ| {difference:.1e}  loss Δ {:.1e}", golden.name, total - golden.number("loss"));
+        assert!(difference <= 1e-4, "{}: logits differ by {difference:e}", golden.name);
+        assert!((total - golden.number("loss")).abs() <= 1e-5 * golden.number("loss").max(1.0), "{}: loss {total}", golden.name);
+        // Without a tape the loss is computed by other code.
+        let untracked = model.without_tape().loss(&batch, &golden.loss_weights());
+        assert!((ops::scalar(&untracked.total) as f64 - total).abs() <= 1e-5, "{}", golden.name);
+    }
+}
+
+#[test]
+fn every_gradient_equals_transformers() {
+    for golden in Golden::all() {
+        let expected = golden.tensors.iter().filter_map(|(name, g)| Some((name.strip_prefix("grad.")?, g))).collect::<BTreeMap<_, _>>();
+        if expected.is_empty() {
+            continue;
+        }
+        let model = golden.model();
+        let gradients = model.backward(model.loss(&golden.batch(), &golden.loss_weights()).total);
+        let gradients = by_checkpoint_name(&model, &gradients);
+        let names = |map: &mut dyn Iterator<Item = String>| map.collect::<BTreeSet<_>>();
+        assert_eq!(
+            names(&mut gradients.keys().cloned()),
+            names(&mut expected.keys().map(|name| name.to_string())),
+            "{}: parameters with a gradient",
+            golden.name
+        );
+        let mut worst = (0.0, String::new());
+        for (name, expected) in expected {
+            let error = relative(&gradients[name], expected);
+            assert!(error <= 1e-3, "{}: gradient of {name} is off by {error:e}", golden.name);
+            if error >= worst.0 {
+                worst = (error, name.to_string());
+            }
+        }
+        println!("{:<24} worst gradient {:.1e} ({})", golden.name, worst.0, worst.1);
+    }
+}
+
+/// ‖a − b‖ / ‖b‖; a gradient that is exactly zero there (an expert no token chose) must be zero here.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let (difference, size) =
+        (norm(&mut a.iter().zip(b).map(|(&a, &b)| a as f64 - b as f64)), norm(&mut b.iter().map(|&b| b as f64)));
+    if size == 0.0 { difference } else { difference / size }
+}
+
+#[test]
+fn ten_optimizer_steps_equal_torch() {
+    for golden in Golden::all() {
+        let Some(settings) = golden.json.get("adamw") else { continue };
+        let names = |key: &str| settings[key].as_array().unwrap().iter().map(|n| n.as_str().unwrap().to_string()).collect::<BTreeSet<_>>();
+        let (decayed, frozen) = (names("decayed"), names("frozen"));
+        let mut model = golden.model();
+        let batch = golden.batch();
+        let mut moments: BTreeMap<String, [Vec<f32>; 2]> = BTreeMap::new();
+        let mut worst = 0.0f64;
+        for (index, expected) in settings["losses"].as_array().unwrap().iter().enumerate() {
+            let loss = model.loss(&batch, &golden.loss_weights());
+            let difference = (ops::scalar(&loss.total) as f64 - expected.as_f64().unwrap()).abs();
+            assert!(difference <= 1e-4, "{}: loss of step {index} is off by {difference:e}", golden.name);
+            worst = worst.max(difference);
+            let gradients = model.backward(loss.total);
+            model = model.map_parameters(|parameter, mut values| {
+                let name = &parameter.checkpoint_tensors()[0].0;
+                assert_eq!(frozen.contains(name), !parameter.trainable, "{name}");
+                if let Some(gradient) = gradients.get(&parameter.name) {
+                    let [m, v] = moments.entry(parameter.name.clone()).or_insert_with(|| [vec![0.0; values.len()], vec![0.0; values.len()]]);
+                    let betas = settings["betas"].as_array().unwrap();
+                    let step = adamw::Step {
+                        lr: settings["lr"].as_f64().unwrap(),
+                        beta1: betas[0].as_f64().unwrap(),
+                        beta2: betas[1].as_f64().unwrap(),
+                        eps: settings["eps"].as_f64().unwrap(),
+                        weight_decay: if decayed.contains(name) { settings["weight_decay"].as_f64().unwrap() } else { 0.0 },
+                        step: index as u64 + 1,
+                    };
+                    adamw::step(&mut values, gradient, m, v, &step);
+                }
+                values
+            });
+        }
+        println!("{:<24} ten steps, worst loss Δ {worst:.1e}", golden.name);
+    }
+}
+
+#[test]
+fn greedy_tokens_equal_transformers() {
+    for golden in Golden::all() {
+        let greedy = &golden.json["greedy"];
+        if greedy.is_null() {
+            continue;
+        }
+        let model = golden.model().without_tape();
+        let mut ids = integers(&greedy["prompt"]).into_iter().map(|id| id as u32).collect::<Vec<_>>();
+        let expected = integers(&greedy["tokens"]);
+        assert_eq!(expected.len(), 24, "{}", golden.name);
+        for (index, expected) in expected.into_iter().enumerate() {
+            let states_th = model.forward(&PackedBatch::from_documents([&ids[..]])).states_th;
+            let [tokens, _] = states_th.dims();
+            let logits = ops::host_f32(&model.logits(states_th.narrow(0, tokens - 1, 1)));
+            let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+            assert_eq!(best as i64, expected, "{}: token {index}", golden.name);
+            ids.push(best as u32);
+        }
+    }
+}
+
+#[test]
+fn packed_documents_equal_documents_alone() {
+    for golden in Golden::all() {
+        let model = golden.model().without_tape();
+        let batch = golden.batch();
+        let documents = batch.cu_seqlens.windows(2).map(|b| &batch.ids[b[0] as usize..b[1] as usize]).collect::<Vec<_>>();
+        // Cut unevenly, so that bounds fall anywhere.
+        let pieces = documents.iter().flat_map(|d| [&d[..1], &d[1..8], &d[8..]]).collect::<Vec<_>>();
+        let run = |batch: &PackedBatch| ops::host_f32(&model.logits(model.forward(batch).states_th));
+        let together = run(&PackedBatch::from_documents(pieces.iter().copied()));
+        let alone = pieces.iter().flat_map(|&piece| run(&PackedBatch::from_documents([piece]))).collect::<Vec<_>>();
+        let difference = max_difference(&together, &alone);
+        assert!(difference <= 2e-5, "{}: {difference:e}", golden.name);
+    }
+}
+
+#[test]
+fn other_layouts_hold_the_same_model() {
+    for (name, twin) in [("moe_k2_sharded", "moe_k2"), ("moe_k2_paddle", "moe_k2"), ("dense_untied_gqa_paddle", "dense_untied_gqa")] {
+        let load = |name: &str| Ernie::load(&Checkpoint::open(&models().join(name)).unwrap(), &ernie_model::inference_device()).unwrap();
+        assert_eq!(load(name).named_parameters(), load(twin).named_parameters(), "{name}");
+    }
+}
+
+#[test]
+fn an_exported_model_is_the_one_that_was_loaded() {
+    for golden in Golden::all() {
+        let model = golden.model();
+        let dir = tempfile::tempdir().unwrap();
+        let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
+        let options = ernie_checkpoint::SaveOptions { dtype: ernie_checkpoint::SaveDtype::F32, ..Default::default() };
+        ernie_checkpoint::save(dir.path(), model.config(), tensors, &options).unwrap();
+        let again = Ernie::load(&Checkpoint::open(dir.path()).unwrap(), &ernie_model::inference_device()).unwrap();
+        assert_eq!(again.named_parameters(), model.named_parameters(), "{}", golden.name);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits() {
+    let golden = Golden::all().into_iter().find(|golden| golden.name == "moe_k2").unwrap();
+    let config = Checkpoint::open(&golden.dir).unwrap().config().clone();
+    let make = |seed| Ernie::init(&config, &ernie_model::inference_device(), seed).named_parameters();
+    assert_eq!(make(3), make(3));
+    assert_ne!(make(3), make(4));
+}

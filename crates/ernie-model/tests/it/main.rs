@@ -1,0 +1,3 @@
+//! The network against its oracles: plain operators, transformers' goldens, documents run alone.
+mod goldens;
+mod ops;

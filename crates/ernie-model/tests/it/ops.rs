@@ -1,0 +1,117 @@
+//! Every fused operator against its twin in Burn's own operations: values and all gradients.
+use std::sync::Arc;
+
+use burn::{
+    prelude::*,
+    tensor::Distribution,
+};
+use ernie_kernels::{attention::Shape, rope::RopeTable};
+use ernie_model::{
+    batch::IGNORE,
+    ops::{self, AttentionContext, ExpertsContext, plain},
+};
+
+fn device() -> Device {
+    let device = ernie_model::training_device();
+    device.seed(7);
+    device
+}
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &device()).require_grad()
+}
+
+/// ‖a − b‖ / ‖b‖ of two tensors' values.
+fn relative(a: Vec<f32>, b: Vec<f32>) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(&b).map(|(a, b)| (a - b) as f64));
+    difference / norm(&mut b.iter().map(|&b| b as f64)).max(1e-12)
+}
+
+/// Asserts that two ways to compute one tensor agree, in value and in the gradients of `Σ y·c` for a fixed random c.
+fn agree<const D: usize>(name: &str, fused: Tensor<D>, plain: Tensor<D>, matrices: &[&Tensor<2>], stacks: &[&Tensor<3>]) {
+    let shape = plain.shape();
+    assert_eq!(fused.shape(), shape, "{name}");
+    assert!(relative(ops::host_f32(&fused), ops::host_f32(&plain)) < 2e-6, "{name}: values");
+    let c: Tensor<D> = Tensor::random(shape, Distribution::Normal(0.0, 1.0), &device());
+    let (a, b) = ((fused * c.clone()).sum().backward(), (plain * c).sum().backward());
+    for (index, x) in matrices.iter().enumerate() {
+        let error = relative(ops::host_f32(&x.grad(&a).unwrap()), ops::host_f32(&x.grad(&b).unwrap()));
+        assert!(error < 5e-6, "{name}: gradient {index} differs by {error:e}");
+    }
+    for (index, x) in stacks.iter().enumerate() {
+        let error = relative(ops::host_f32(&x.grad(&a).unwrap()), ops::host_f32(&x.grad(&b).unwrap()));
+        assert!(error < 5e-6, "{name}: gradient of stack {index} differs by {error:e}");
+    }
+}
+
+#[test]
+fn linear_norm_and_swiglu() {
+    let (x, w) = (random([37, 24]), random([19, 24]));
+    agree("linear", ops::linear(x.clone(), w.clone()), plain::linear(x.clone(), w.clone()), &[&x, &w], &[]);
+    let (gate, up) = (random([37, 19]), random([37, 19]));
+    agree("swiglu", ops::swiglu(gate.clone(), up.clone()), plain::swiglu(gate.clone(), up.clone()), &[&gate, &up], &[]);
+    let weight: Tensor<2> = random([1, 24]);
+    let norm = |f: fn(Tensor<2>, Tensor<1>, f64) -> Tensor<2>| f(x.clone(), weight.clone().reshape([24]), 1e-5);
+    agree("rms_norm", norm(ops::rms_norm), norm(plain::rms_norm), &[&x, &weight], &[]);
+}
+
+#[test]
+fn attention_over_packed_documents_and_grouped_heads() {
+    for (q_heads, kv_heads, head_dim, cu_seqlens) in
+        [(4, 4, 8, vec![0, 33]), (6, 2, 6, vec![0, 1, 17, 18, 40]), (3, 1, 10, vec![0, 150, 300])]
+    {
+        let tokens = *cu_seqlens.last().unwrap() as usize;
+        let context = AttentionContext {
+            shape: Shape { q_heads, kv_heads, head_dim },
+            cu_seqlens: cu_seqlens.into(),
+            rope: Arc::new(RopeTable::new(500_000.0, head_dim, tokens)),
+        };
+        let (q, k, v) = (random([tokens, q_heads * head_dim]), random([tokens, kv_heads * head_dim]), random([tokens, kv_heads * head_dim]));
+        let run = |f: fn(Tensor<2>, Tensor<2>, Tensor<2>, &AttentionContext) -> Tensor<2>| f(q.clone(), k.clone(), v.clone(), &context);
+        agree("attention", run(ops::rope_attention), run(plain::rope_attention), &[&q, &k, &v], &[]);
+    }
+}
+
+#[test]
+fn routed_experts_with_idle_and_busy_ones() {
+    let (tokens, hidden, intermediate, experts, top_k) = (29, 12, 10, 5, 2);
+    // Expert 4 is never chosen; expert 0 by every token.
+    let indices = (0..tokens).flat_map(|t| [0, 1 + (t % 3) as u32]).collect::<Vec<u32>>();
+    let context = ExpertsContext { indices: indices.into(), top_k };
+    let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
+    let stacks = [random([experts, intermediate, hidden]), random([experts, intermediate, hidden]), random([experts, hidden, intermediate])];
+    let run = |f: fn(Tensor<2>, [Tensor<3>; 3], Tensor<2>, &ExpertsContext) -> Tensor<2>| f(x.clone(), stacks.clone(), weights.clone(), &context);
+    agree("experts", run(ops::routed_experts), run(plain::routed_experts), &[&x, &weights], &[&stacks[0], &stacks[1], &stacks[2]]);
+}
+
+#[test]
+fn head_and_cross_entropy_with_ignored_targets() {
+    let (tokens, hidden, vocab) = (700, 16, 53);
+    let targets = (0..tokens).map(|t| if t % 7 == 0 { IGNORE } else { (t * 31 % vocab) as i32 }).collect::<Vec<_>>();
+    let targets: Arc<[i32]> = targets.into();
+    let (h, w) = (random([tokens, hidden]), random([vocab, hidden]));
+    let fused = ops::head_cross_entropy(h.clone(), w.clone(), &targets);
+    let plain = plain::cross_entropy(plain::linear(h.clone(), w.clone()), &targets);
+    agree("cross entropy", fused.clone(), plain, &[&h, &w], &[]);
+    // Off the tape the loss alone is computed, by other code.
+    let untracked = ops::head_cross_entropy(h.inner(), w.inner(), &targets);
+    assert!((ops::scalar(&untracked) - ops::scalar(&fused)).abs() < 1e-6);
+}
+
+#[test]
+fn embedding_gathers_and_scatters() {
+    let w = random([11, 6]);
+    let ids: Arc<[u32]> = [3, 3, 0, 10, 3].into();
+    agree("embedding", ops::embedding(w.clone(), &ids), plain::embedding(w.clone(), &ids), &[&w], &[]);
+}
+
+#[test]
+fn a_broadcast_gradient_reaches_the_kernels_in_order() {
+    // The gradient of a sum is one value, broadcast: it must not reach a kernel as a strided view.
+    let (x, w) = (random([9, 8]), random([5, 8]));
+    let gradients = ops::linear(x.clone(), w.clone()).sum().backward();
+    let expected = ops::host_f32(&x.clone().inner().sum_dim(0)).repeat(5);
+    assert!(relative(ops::host_f32(&w.grad(&gradients).unwrap()), expected) < 1e-6);
+}

@@ -1,0 +1,225 @@
+//! Crash-safe training checkpoints: a directory per step that either exists whole or not at all.
+//!
+//! `checkpoints/step-00000200/` holds a complete Hugging Face model directory in f32, the optimizer's moments, and the trainer's position. It
+//! is written under a name that starts with a dot, every file is flushed to disk, and only then is it renamed; a kill at any instant leaves
+//! the previous checkpoint whole and at most a dotted directory, which the next run removes.
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    data::packing::DataState,
+    optimizer::{AdamW, Moments},
+};
+use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions};
+use ernie_model::Ernie;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+
+/// A training checkpoint could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The operating system refused.
+    #[error("{path}: {source}; check the disk's free space and the folder's permissions")]
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// Reason.
+        source: std::io::Error,
+    },
+    /// The model part is at fault.
+    #[error(transparent)]
+    Model(#[from] ernie_checkpoint::Error),
+    /// The optimizer or trainer part is not what this version wrote.
+    #[error("{path}: {problem}; delete this checkpoint to continue from the one before it")]
+    Corrupt {
+        /// File.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// Where the trainer was.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Position {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Seconds spent training, over all runs.
+    pub seconds: f64,
+    /// Where the data is.
+    pub data: DataState,
+    /// Hash of the recipe's parts that decide the result; a changed recipe must not continue an old run.
+    pub recipe: String,
+}
+
+const MOMENTS: &str = "optimizer.safetensors";
+const POSITION: &str = "trainer.json";
+/// What makes a tokenizer, in any of the forms that the family uses.
+const TOKENIZER_FILES: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// Everything a run needs to go on.
+pub struct Snapshot {
+    /// The weights.
+    pub model: Checkpoint,
+    /// Where the trainer was.
+    pub position: Position,
+    /// The optimizer's moments, by internal parameter name.
+    pub moments: std::collections::BTreeMap<String, Moments>,
+    /// Its folder.
+    pub path: PathBuf,
+}
+
+/// Where checkpoints go and whose tokenizer they carry, so that each can be talked to.
+pub struct Directory<'a> {
+    /// Folder of the checkpoints.
+    pub root: &'a Path,
+    /// Folder with the run's tokenizer files.
+    pub tokenizer: &'a Path,
+}
+
+/// Writes the checkpoint of `position.step` and deletes all but the last `keep_last`.
+///
+/// # Errors
+/// If the disk refuses; what was there before is still there then.
+pub fn write(
+    directory: &Directory,
+    config: &Config,
+    model: &Ernie,
+    optimizer: &AdamW,
+    position: &Position,
+    keep_last: usize,
+) -> Result<PathBuf, SnapshotError> {
+    let root = directory.root;
+    let name = format!("step-{:08}", position.step);
+    let (partial, whole) = (root.join(format!(".{name}")), root.join(&name));
+    fs::create_dir_all(root).map_err(|source| io(root, source))?;
+    for path in [&partial, &whole] {
+        // A dotted rest of a killed run, or the same step reached again after an older checkpoint was deleted.
+        if path.exists() {
+            fs::remove_dir_all(path).map_err(|source| io(path, source))?;
+        }
+    }
+    let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
+    ernie_checkpoint::save(&partial, config, tensors, &SaveOptions { dtype: SaveDtype::F32, ..SaveOptions::default() })?;
+    copy_tokenizer(directory.tokenizer, &partial)?;
+    write_moments(&partial.join(MOMENTS), optimizer)?;
+    let json = serde_json::to_vec_pretty(position).expect("a position is plain data");
+    ernie_checkpoint::atomic_write(&partial.join(POSITION), &json)?;
+    fs::rename(&partial, &whole).map_err(|source| io(&whole, source))?;
+    sync_dir(root)?;
+    let steps = list(root)?;
+    for (_, old) in steps.iter().rev().skip(keep_last.max(1)) {
+        fs::remove_dir_all(old).map_err(|source| io(old, source))?;
+    }
+    Ok(whole)
+}
+
+/// The newest checkpoint under `root`, if there is one. Removes what a killed run left half-written.
+///
+/// # Errors
+/// If it cannot be read or is damaged; nothing is deleted then but half-written directories.
+pub fn read_latest(root: &Path) -> Result<Option<Snapshot>, SnapshotError> {
+    if !root.exists() {
+        return Ok(None);
+    }
+    for entry in entries(root)? {
+        if entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".step-")) {
+            fs::remove_dir_all(&entry).map_err(|source| io(&entry, source))?;
+        }
+    }
+    match list(root)?.pop() {
+        Some((_, path)) => read(&path).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Copies the tokenizer files of one folder into another.
+///
+/// # Errors
+/// If the disk refuses.
+pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<(), SnapshotError> {
+    for name in TOKENIZER_FILES {
+        let file = from.join(name);
+        if file.exists() {
+            let bytes = fs::read(&file).map_err(|source| io(&file, source))?;
+            ernie_checkpoint::atomic_write(&to.join(name), &bytes)?;
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<Snapshot, SnapshotError> {
+    let file = path.join(POSITION);
+    let bytes = fs::read(&file).map_err(|source| io(&file, source))?;
+    let position = serde_json::from_slice(&bytes).map_err(|error| corrupt(&file, error))?;
+    let model = Checkpoint::open(path)?;
+    let moments = read_moments(&path.join(MOMENTS))?;
+    Ok(Snapshot { model, position, moments, path: path.to_path_buf() })
+}
+
+/// Complete checkpoints by step, oldest first.
+fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>, SnapshotError> {
+    let step = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+    let mut steps = entries(root)?.into_iter().filter_map(|path| Some((step(&path)?, path))).collect::<Vec<_>>();
+    steps.sort();
+    Ok(steps)
+}
+
+fn entries(root: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
+    let read = fs::read_dir(root).map_err(|source| io(root, source))?;
+    read.map(|entry| entry.map(|entry| entry.path()).map_err(|source| io(root, source))).collect()
+}
+
+fn write_moments(path: &Path, optimizer: &AdamW) -> Result<(), SnapshotError> {
+    let named = optimizer.moments.iter().flat_map(|(name, moments)| {
+        [(format!("first.{name}"), &moments.first), (format!("second.{name}"), &moments.second)]
+    });
+    let views = named.map(|(name, values)| {
+        let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values)).expect("bytes of as many floats");
+        (name, view)
+    });
+    let bytes = safetensors::serialize(views, None).map_err(|error| corrupt(path, error))?;
+    Ok(ernie_checkpoint::atomic_write(path, &bytes)?)
+}
+
+fn read_moments(path: &Path) -> Result<std::collections::BTreeMap<String, Moments>, SnapshotError> {
+    let bytes = fs::read(path).map_err(|source| io(path, source))?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| corrupt(path, error))?;
+    let values = |name: &str| -> Result<Vec<f32>, SnapshotError> {
+        let view = tensors.tensor(name).map_err(|error| corrupt(path, error))?;
+        if view.dtype() != Dtype::F32 {
+            return Err(corrupt(path, format!("{name} is {:?}, expected F32", view.dtype())));
+        }
+        Ok(view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    };
+    let names = tensors.names().into_iter().filter_map(|name| name.strip_prefix("first.")).map(String::from).collect::<Vec<_>>();
+    let read = |name: String| {
+        let moments = Moments { first: values(&format!("first.{name}"))?, second: values(&format!("second.{name}"))? };
+        Ok((name, moments))
+    };
+    names.into_iter().map(read).collect()
+}
+
+fn sync_dir(path: &Path) -> Result<(), SnapshotError> {
+    fs::File::open(path).and_then(|dir| dir.sync_all()).map_err(|source| io(path, source))
+}
+
+fn io(path: &Path, source: std::io::Error) -> SnapshotError {
+    SnapshotError::Io { path: path.to_path_buf(), source }
+}
+
+fn corrupt(path: &Path, problem: impl ToString) -> SnapshotError {
+    SnapshotError::Corrupt { path: path.to_path_buf(), problem: problem.to_string() }
+}

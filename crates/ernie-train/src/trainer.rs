@@ -1,0 +1,442 @@
+//! The training loop: batches, loss, gradients, clipping, AdamW, the routers' own updates, validation, checkpoints.
+//!
+//! Same recipe, same data, same machine: same bits, whether or not the run was interrupted. Everything a step depends on is in the
+//! [`Snapshot`]: weights, moments, and the position in the data.
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use crate::{
+    data::{
+        self, Corpus, Prepared,
+        packing::{Batch, Packer},
+    },
+    optimizer::{self, AdamW, AdamWConfig},
+    recipe::{self, Limits, Recipe},
+    routing,
+    schedule::{Schedule, ScheduleError},
+    snapshot::{self, Position, Snapshot, SnapshotError},
+    telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
+};
+use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions};
+use ernie_model::{Ernie, LoadError, LossWeights, Losses, NamedParameters, PackedBatch, parameters::Parameter};
+
+/// A run could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The recipe.
+    #[error(transparent)]
+    Recipe(#[from] recipe::Error),
+    /// The schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    /// A checkpoint of the run.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The model, on its way in or out.
+    #[error(transparent)]
+    Checkpoint(#[from] ernie_checkpoint::Error),
+    /// The model of a checkpoint.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Metrics, events, curve.
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+    /// The folder holds a run of another recipe.
+    #[error(
+        "{} holds a run of another recipe (or of an earlier version of this one); give `run.out` another folder, or delete that one to \
+         start again",
+        out.display()
+    )]
+    OtherRun {
+        /// `run.out`.
+        out: PathBuf,
+    },
+    /// The loss or the gradient is no longer a number.
+    #[error(
+        "step {step}: {what} is {value}; the weights before this step are in the last checkpoint; lower optimizer.lr, lengthen \
+         schedule.warmup_steps or lower optimizer.clip_norm"
+    )]
+    NotFinite {
+        /// Step that failed.
+        step: u64,
+        /// "the loss" or "the gradient norm".
+        what: &'static str,
+        /// What it came to.
+        value: f64,
+    },
+    /// A folder could not be made.
+    #[error("{}: {source}; check the folder's permissions and the disk's free space", path.display())]
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// Reason.
+        source: std::io::Error,
+    },
+}
+
+/// What the caller decides beside the recipe.
+#[derive(Debug, Clone, Default)]
+pub struct TrainOptions {
+    /// Data root; else ERNIE_DATA, else the recipe's.
+    pub data_root: Option<PathBuf>,
+    /// No progress on standard error.
+    pub quiet: bool,
+    /// Set from elsewhere (Ctrl-C): the run finishes its step, writes a checkpoint and returns.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Report {
+    /// False if it was stopped before its last step.
+    pub finished: bool,
+    /// Optimizer steps taken, over all runs.
+    pub steps: u64,
+    /// Tokens trained on, over all runs.
+    pub tokens: u64,
+    /// Seconds spent in steps, over all runs.
+    pub seconds: f64,
+    /// Validation loss per source in nats per token, if finished.
+    pub validation: Vec<(String, f64)>,
+    /// The model directory: the finished model, or the last checkpoint.
+    pub model_dir: PathBuf,
+}
+
+/// Trains the recipe's model, from its last checkpoint if there is one, to its end or until `options.stop`.
+///
+/// In `run.out`: `checkpoints/step-…/` (complete model directories), `metrics.jsonl`, `tensorboard/`, `loss.svg`, and at the end `model/`.
+///
+/// # Errors
+/// See [`TrainError`]. The last checkpoint is whole whatever happens.
+pub fn train(recipe: &Recipe, options: &TrainOptions) -> Result<Report, TrainError> {
+    let mut trainer = Trainer::open(recipe, options)?;
+    while trainer.position.step < trainer.total_steps {
+        if options.stop.load(Ordering::Relaxed) {
+            return trainer.interrupted();
+        }
+        trainer.step()?;
+        let step = trainer.position.step;
+        let last = step == trainer.total_steps;
+        if step.is_multiple_of(recipe.run.validate_every) || last {
+            let losses = trainer.validate();
+            trainer.telemetry.validation(step, &losses)?;
+        }
+        if step.is_multiple_of(recipe.run.checkpoint_every) || last {
+            trainer.checkpoint()?;
+        }
+    }
+    trainer.finish()
+}
+
+/// Mean loss per source of a model on the recipe's validation documents, in nats per token.
+///
+/// # Errors
+/// If the data cannot be prepared.
+pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, data_root: Option<&Path>) -> Result<Vec<(String, f64)>, TrainError> {
+    let root = recipe.data_root(data_root)?;
+    let prepared = data::prepare(recipe, &root, &mut |_| {})?;
+    let mut model = Ernie::load(checkpoint, &ernie_model::training_device())?;
+    model.reserve_positions(recipe.data.sequence_length);
+    Ok(validation_losses(&model, &prepared.corpus, recipe))
+}
+
+/// The typed configuration of a recipe's `[model]`.
+///
+/// # Errors
+/// If a key or value is not one that the family has.
+pub fn model_config(recipe: &Recipe) -> Result<Config, TrainError> {
+    Ok(Config::from_json(&recipe.model.to_string(), Path::new("[model]"))?)
+}
+
+struct Trainer<'a> {
+    recipe: &'a Recipe,
+    config: Config,
+    prepared: Prepared,
+    packer: Packer,
+    schedule: Schedule,
+    total_steps: u64,
+    /// None only while a step moves it through the optimizer.
+    model: Option<Ernie>,
+    optimizer: AdamW,
+    position: Position,
+    telemetry: Telemetry,
+    /// Of the steps since the last log line.
+    pending: Pending,
+}
+
+#[derive(Default)]
+struct Pending {
+    loss: f64,
+    tokens: u64,
+    seconds: f64,
+    steps: u64,
+}
+
+/// What one optimizer step saw, over all its micro-batches.
+struct StepOutcome {
+    gradients: NamedParameters,
+    cross_entropy: f64,
+    extra: std::collections::BTreeMap<String, f64>,
+    /// Tokens per expert, by MoE layer.
+    usage: std::collections::BTreeMap<usize, Vec<u64>>,
+}
+
+impl<'a> Trainer<'a> {
+    fn open(recipe: &'a Recipe, options: &TrainOptions) -> Result<Self, TrainError> {
+        let config = model_config(recipe)?;
+        recipe.validate(&Limits::of_this_machine(config.parameter_counts().total))?;
+        let total_steps = recipe.total_steps();
+        let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.lr, total_steps)?;
+        let root = recipe.data_root(options.data_root.as_deref())?;
+        if let Some(threads) = recipe.run.threads {
+            // The pool can be made once per process; a second run in it keeps the first one's threads.
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        }
+        std::fs::create_dir_all(&recipe.run.out).map_err(|source| TrainError::Io { path: recipe.run.out.clone(), source })?;
+        let quiet = options.quiet;
+        let prepared = data::prepare(recipe, &root, &mut |doing| {
+            if !quiet {
+                eprintln!("{doing}");
+            }
+        })?;
+        let fingerprint = recipe_fingerprint(recipe);
+        let (rows, length, seed) = (recipe.data.batch_size, recipe.data.sequence_length, recipe.run.seed);
+        let adamw = AdamWConfig {
+            beta1: recipe.optimizer.beta1,
+            beta2: recipe.optimizer.beta2,
+            eps: recipe.optimizer.eps,
+            weight_decay: recipe.optimizer.weight_decay,
+        };
+        let mut optimizer = AdamW::new(adamw);
+        let device = ernie_model::training_device();
+        let (mut model, packer, position) = match snapshot::read_latest(&checkpoints(recipe))? {
+            Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
+                return Err(TrainError::OtherRun { out: recipe.run.out.clone() });
+            }
+            Some(Snapshot { model, position, moments, .. }) => {
+                let packer = Packer::resume(prepared.corpus.clone(), position.data.clone(), rows, length)?;
+                optimizer.step = position.step;
+                optimizer.moments = moments;
+                (Ernie::load(&model, &device)?, packer, position)
+            }
+            None => {
+                let packer = Packer::new(prepared.corpus.clone(), seed, rows, length);
+                let position = Position { step: 0, tokens: 0, seconds: 0.0, data: packer.state().clone(), recipe: fingerprint };
+                (Ernie::init(&config, &device, seed), packer, position)
+            }
+        };
+        model.reserve_positions(length);
+        let telemetry = Telemetry::open(
+            &recipe.run.out,
+            &TelemetryOptions { title: recipe.run.name.clone(), total_steps, resume_step: position.step, quiet },
+        )?;
+        Ok(Self {
+            recipe,
+            config,
+            prepared,
+            packer,
+            schedule,
+            total_steps,
+            model: Some(model),
+            optimizer,
+            position,
+            telemetry,
+            pending: Pending::default(),
+        })
+    }
+
+    fn model(&self) -> &Ernie {
+        self.model.as_ref().expect("the model is only away inside `step`")
+    }
+
+    /// One optimizer step over `gradient_accumulation` micro-batches.
+    fn step(&mut self) -> Result<(), TrainError> {
+        let start = Instant::now();
+        let step = self.position.step + 1;
+        let batches = (0..self.recipe.data.gradient_accumulation)
+            .map(|_| self.packer.next_batch().map(packed))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut outcome = self.gradients(&batches);
+        finite(step, "the loss", outcome.cross_entropy)?;
+        let norm = optimizer::global_norm(&outcome.gradients);
+        finite(step, "the gradient norm", norm)?;
+        optimizer::clip(&mut outcome.gradients, norm, self.recipe.optimizer.clip_norm);
+        let lr = self.schedule.lr(step);
+        self.update(lr, &outcome);
+
+        let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum::<u64>();
+        let seconds = start.elapsed().as_secs_f64();
+        self.position.step = step;
+        self.position.tokens += tokens;
+        self.position.seconds += seconds;
+        self.position.data = self.packer.state().clone();
+        self.pending.loss += outcome.cross_entropy;
+        self.pending.tokens += tokens;
+        self.pending.seconds += seconds;
+        self.pending.steps += 1;
+        if step.is_multiple_of(self.recipe.run.log_every) || step == self.total_steps || step == 1 {
+            let pending = std::mem::take(&mut self.pending);
+            self.telemetry.step(&StepMetrics {
+                step,
+                tokens: self.position.tokens,
+                loss: pending.loss / pending.steps as f64,
+                lr,
+                grad_norm: norm,
+                tok_s: pending.tokens as f64 / pending.seconds,
+                extra: outcome.extra,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Gradients of the mean loss over the scored tokens of all batches together: each batch counts by its share of them.
+    fn gradients(&self, batches: &[PackedBatch]) -> StepOutcome {
+        let loss = &self.recipe.loss;
+        let weights = LossWeights { balance: loss.balance, z: loss.z_loss, mtp: loss.mtp_weight };
+        let scored = batches.iter().map(PackedBatch::scored).sum::<usize>().max(1) as f64;
+        let mut outcome = StepOutcome {
+            gradients: NamedParameters::new(),
+            cross_entropy: 0.0,
+            extra: Default::default(),
+            usage: Default::default(),
+        };
+        for batch in batches {
+            let share = batch.scored() as f64 / scored;
+            let Losses { total, cross_entropy, mtp, balance, z, usage } = self.model().loss(batch, &weights);
+            outcome.cross_entropy += share * cross_entropy as f64;
+            for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z)] {
+                if let Some(value) = value {
+                    *outcome.extra.entry(name.to_string()).or_default() += share * value as f64;
+                }
+            }
+            for (layer, used) in usage {
+                let sum = outcome.usage.entry(layer).or_insert_with(|| vec![0; used.len()]);
+                sum.iter_mut().zip(used).for_each(|(sum, used)| *sum += used);
+            }
+            optimizer::accumulate(&mut outcome.gradients, self.model().backward(if share == 1.0 { total } else { total * share }));
+        }
+        // The busiest expert's load over the mean load, averaged over layers: 1 is even.
+        let peak = |used: &Vec<u64>| {
+            let sum = used.iter().sum::<u64>().max(1) as f64;
+            used.iter().copied().max().unwrap_or(0) as f64 * used.len() as f64 / sum
+        };
+        if !outcome.usage.is_empty() {
+            let mean = outcome.usage.values().map(peak).sum::<f64>() / outcome.usage.len() as f64;
+            outcome.extra.insert("expert_peak_load".to_string(), mean);
+        }
+        outcome
+    }
+
+    /// AdamW on everything; then, per router, the orthogonality step and the bias update.
+    fn update(&mut self, lr: f64, outcome: &StepOutcome) {
+        let loss = self.recipe.loss.clone();
+        let model = self.model.take().expect("the model is only away inside `step`");
+        let updated = self.optimizer.update(model, lr, &outcome.gradients, |parameter, values| {
+            if parameter.name.ends_with("mlp.gate.weight") && loss.orthogonality > 0.0 {
+                routing::orthogonality_step(values, parameter.shape[0], lr * loss.orthogonality);
+            }
+            if let Some(usage) = router_layer(parameter).and_then(|layer| outcome.usage.get(&layer)) {
+                routing::update_bias(values, usage, loss.bias_update_rate);
+            }
+        });
+        self.model = Some(updated);
+    }
+
+    fn validate(&self) -> Vec<(String, f64)> {
+        validation_losses(self.model(), &self.prepared.corpus, self.recipe)
+    }
+
+    fn checkpoint(&mut self) -> Result<PathBuf, TrainError> {
+        let directory = snapshot::Directory { root: &checkpoints(self.recipe), tokenizer: &self.prepared.tokenizer_dir };
+        let model = self.model.as_ref().expect("the model is only away inside `step`");
+        Ok(snapshot::write(&directory, &self.config, model, &self.optimizer, &self.position, self.recipe.run.keep_last)?)
+    }
+
+    fn interrupted(mut self) -> Result<Report, TrainError> {
+        let model_dir = self.checkpoint()?;
+        self.telemetry.finish()?;
+        Ok(self.report(false, Vec::new(), model_dir))
+    }
+
+    fn finish(self) -> Result<Report, TrainError> {
+        let model_dir = self.recipe.run.out.join("model");
+        let validation = self.validate();
+        export(&model_dir, &self.config, self.model(), &self.prepared.tokenizer_dir, SaveDtype::F32)?;
+        let report = self.report(true, validation, model_dir);
+        self.telemetry.finish()?;
+        Ok(report)
+    }
+
+    fn report(&self, finished: bool, validation: Vec<(String, f64)>, model_dir: PathBuf) -> Report {
+        let Position { step, tokens, seconds, .. } = self.position;
+        Report { finished, steps: step, tokens, seconds, validation, model_dir }
+    }
+}
+
+/// Writes a model directory: weights, configuration, tokenizer files.
+///
+/// # Errors
+/// If the disk refuses; a model that was there before is still there then.
+pub fn export(dir: &Path, config: &Config, model: &Ernie, tokenizer_dir: &Path, dtype: SaveDtype) -> Result<(), TrainError> {
+    let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
+    ernie_checkpoint::save(dir, config, tensors, &SaveOptions { dtype, ..SaveOptions::default() })?;
+    Ok(snapshot::copy_tokenizer(tokenizer_dir, dir)?)
+}
+
+fn checkpoints(recipe: &Recipe) -> PathBuf {
+    recipe.run.out.join("checkpoints")
+}
+
+fn packed(batch: Batch) -> PackedBatch {
+    PackedBatch { ids: batch.ids.into(), targets: batch.targets.into(), cu_seqlens: batch.cu_seqlens.into() }
+}
+
+/// The layer whose router's correction bias this parameter is.
+fn router_layer(parameter: &Parameter) -> Option<usize> {
+    let layer = parameter.name.strip_prefix("model.layers.")?.strip_suffix(".mlp.moe_statics.e_score_correction_bias")?;
+    layer.parse().ok()
+}
+
+fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
+    if value.is_finite() { Ok(()) } else { Err(TrainError::NotFinite { step, what, value }) }
+}
+
+fn validation_losses(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Vec<(String, f64)> {
+    let model = model.without_tape();
+    let (rows, length) = (recipe.data.batch_size, recipe.data.sequence_length);
+    let per_source = recipe.run.validate_tokens as usize / corpus.sources.len();
+    let mut losses = Vec::new();
+    for (index, source) in corpus.sources.iter().enumerate() {
+        let (mut sum, mut scored) = (0.0, 0);
+        for batch in corpus.validation_batches(index, rows, length, per_source) {
+            let batch = packed(batch);
+            let targets = batch.scored();
+            if targets > 0 {
+                let states_th = model.forward(&batch).states_th;
+                sum += ernie_model::ops::scalar(&model.cross_entropy(states_th, &batch.targets)) as f64 * targets as f64;
+                scored += targets;
+            }
+        }
+        if scored > 0 {
+            losses.push((source.name.clone(), sum / scored as f64));
+        }
+    }
+    losses
+}
+
+/// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
+fn recipe_fingerprint(recipe: &Recipe) -> String {
+    let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
+    let shape = (recipe.data.sequence_length, recipe.data.batch_size, recipe.data.gradient_accumulation);
+    let json = serde_json::to_string(&(decisive, shape)).expect("a recipe is plain data");
+    blake3::hash(json.as_bytes()).to_hex()[..32].to_string()
+}
