@@ -1,14 +1,37 @@
 //! What a model directory is: typed `config.json`, safetensors in and out, tokenizer files, chat template.
+//!
+//! [`Checkpoint::open`] maps a directory of the released family (Hugging Face or `-Paddle` layout) and gives its tensors
+//! under their Hugging Face names; [`save`] writes one, replacing an older model in one step. Nothing here panics on what
+//! a file says, and nothing is allocated by a size that a file claims before that claim is checked against its length.
+
 mod atomic;
 mod chat_template;
 mod checkpoint;
+mod commit;
 mod config;
 mod error;
+mod header;
 mod layout;
+mod mapping;
+mod numeric;
 mod save;
 mod sentencepiece;
+mod shards;
+mod specs;
+mod tensor;
 mod tokenizer;
+mod validate;
 
+pub use atomic::{AtomicFile, atomic_write};
 pub use chat_template::{ChatTemplate, ChatTemplateError, ChatTemplateOptions, Message};
+pub use checkpoint::{Checkpoint, EmbeddedFiles};
+pub use config::{
+    Config, Family, HiddenAct, MlpKind, MoeConfig, ParameterCounts, Quantization, VisionConfig, VisionExperts, VlConfig,
+};
+pub use error::{Error, Result};
+pub use layout::Layout;
+pub use save::{SaveDtype, SaveOptions, save};
 pub use sentencepiece::SentencePieceError;
+pub use specs::{TensorGroup, TensorRole, TensorSpec};
+pub use tensor::{Dtype, Tensor};
 pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer, TokenizerError};

@@ -278,3 +278,111 @@ fn merge_in(ids: &mut Vec<u32>, pair: Pair, merged: u32) {
     }
     ids.truncate(write);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::Tokenizer;
+
+    /// A tokenizer trained on a few lines of English and Chinese, and its words.
+    fn trained() -> (TrainedTokenizer, Tokenizer) {
+        let mut words = WordCounter::new().unwrap();
+        for line in [
+            "Once upon a time there was a little girl. She didn't like the little dog.",
+            "从前有一个小女孩，她喜欢小狗。小女孩说：“你好！”",
+            "It is 1984.\n\nThe  end...",
+        ] {
+            for _ in 0..3 {
+                words.add(&Body::Text(line.into())).unwrap();
+            }
+        }
+        let trained = train_on_words(words.counts, 450, 1.0, 16).unwrap();
+        let tokenizer = Tokenizer::from_bytes(&trained.tokenizer_json).unwrap();
+        (trained, tokenizer)
+    }
+
+    #[test]
+    fn every_string_decodes_to_itself() {
+        let (_, tokenizer) = trained();
+        let mut strings: Vec<String> = [
+            "",
+            " ",
+            "  a  b ",
+            "Once upon a time",
+            "她喜欢小狗，你呢？",
+            "emoji 😀👩‍👩‍👧‍👦🇨🇳 e\u{301}",
+            "tabs\tand\r\nlines\n\n\n",
+            "\u{0}\u{1}\u{7f}\u{85}\u{feff}",
+            "▁ is not a space ▁▁",
+            "«Zażółć» gęślą 𝕁𝕒 かな 한국어 العربية",
+            "<0x41> <unk",
+            "1234567890",
+            "a's b're c'x ’ll",
+            "\u{a0}\u{3000}\u{2028}",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        // Random text: pieces of several scripts, spaces and control characters in any order.
+        let alphabet: Vec<char> = " \n\t.,'’!?a1Zé中文字小狗😀▁\u{301}\u{0}\u{200d}\u{10ffff}の<>x0".chars().collect();
+        strings
+            .extend((0..500u64).map(|n| {
+                (0..n % 40).map(|i| alphabet[(crate::data::random::mix(n * 100 + i) % alphabet.len() as u64) as usize]).collect()
+            }));
+        for string in strings {
+            let ids = tokenizer.encode(string.as_str(), false).unwrap();
+            assert_eq!(tokenizer.decode(ids.get_ids(), false).unwrap(), string, "{:?}", ids.get_tokens());
+        }
+    }
+
+    #[test]
+    fn ids_are_in_their_places() {
+        let (trained, tokenizer) = trained();
+        for (id, token) in SPECIAL_TOKENS.iter().enumerate() {
+            assert_eq!(tokenizer.token_to_id(token), Some(id as u32));
+        }
+        assert_eq!((tokenizer.token_to_id("<0x00>"), tokenizer.token_to_id("<0xFF>")), (Some(5), Some(260)));
+        assert!(tokenizer.get_vocab_size(true) <= 450);
+        let pieces = tokenizer.encode("a little girl. 小女孩", false).unwrap();
+        assert_eq!(pieces.get_tokens(), ["a", " little", " girl", ".", " ", "小女孩"]);
+        let turn = tokenizer.encode("<|begin_of_sentence|>a<|end_of_sentence|></s>", false).unwrap();
+        assert_eq!(turn.get_ids()[0], 3);
+        assert_eq!(turn.get_ids()[2..], [4, END_OF_TEXT_ID]);
+        let config: Value = serde_json::from_slice(&trained.tokenizer_config_json).unwrap();
+        assert!(config["chat_template"].as_str().unwrap().contains("Assistant: "));
+    }
+
+    #[test]
+    fn merges_follow_the_counts_and_ties_the_ids() {
+        let words = [("abab", 3), ("ab", 2), ("cd", 5), ("x", 9)].map(|(word, count)| (word.to_owned(), count)).into();
+        let mut pieces: Vec<String> = ["a", "b", "c", "d", "x"].map(str::to_owned).to_vec();
+        let merges = learn_merges(&words, &mut pieces, 100, 16);
+        // ab: 3·2 + 2 = 8, cd: 5, then abab: 3.
+        assert_eq!(merges, [(0, 1), (2, 3), (5, 5)]);
+        assert_eq!(pieces[5..], ["ab", "cd", "abab"]);
+        let mut pieces: Vec<String> = ["a", "b", "c", "d"].map(str::to_owned).to_vec();
+        assert_eq!(learn_merges(&words, &mut pieces, 5, 16), [(0, 1)], "the vocabulary is full");
+        let mut pieces: Vec<String> = ["a", "b", "c", "d"].map(str::to_owned).to_vec();
+        assert_eq!(learn_merges(&words, &mut pieces, 100, 2), [(0, 1), (2, 3)], "longer pieces are not made");
+    }
+
+    #[test]
+    fn the_alphabet_keeps_the_most_frequent_characters() {
+        let words = [("aaab", 10), ("中", 9), ("z", 1)].map(|(word, count)| (word.to_owned(), count)).into();
+        assert_eq!(alphabet(&words, 0.9), ['a', 'b', '中']);
+        assert_eq!(alphabet(&words, 1.0), ['a', 'b', 'z', '中']);
+        let error = train_on_words(words, RESERVED + 2, 1.0, 16).unwrap_err().to_string();
+        assert!(error.contains("4 characters") && error.contains("vocab_size"), "{error}");
+    }
+
+    #[test]
+    fn every_character_is_in_one_word() {
+        let counter = WordCounter::new().unwrap();
+        let text = "He’ll say  \"No--never!\"\n\n中文abc123 \u{0}😀";
+        let mut cut = PreTokenizedString::from(text);
+        counter.split.pre_tokenize(&mut cut).unwrap();
+        let words: Vec<String> =
+            cut.get_splits(OffsetReferential::Original, OffsetType::Byte).into_iter().map(|(word, _, _)| word.to_owned()).collect();
+        assert_eq!(words.concat(), text);
+        assert_eq!(words, ["He’ll", " say", "  ", "\"", "No", "--", "never", "!\"", "\n", "\n", "中文", "abc", "1", "2", "3", " \u{0}😀"]);
+    }
+}

@@ -17,13 +17,14 @@ pub struct Mat<'a> {
 impl<'a> Mat<'a> {
     /// A row-major matrix that fills `data`.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix needs {} elements", rows * cols);
+        assert_eq!(rows.checked_mul(cols), Some(data.len()), "elements of a [{rows}, {cols}] matrix");
         Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
     /// Rows `rows` and columns `cols` of the row-major matrix `data` whose rows are `stride` long.
     pub fn block(data: &'a [f32], stride: usize, rows: Range<usize>, cols: Range<usize>) -> Self {
-        assert!(cols.end <= stride && rows.end * stride <= data.len(), "rows {rows:?}, columns {cols:?} lie outside the matrix");
+        let fits = rows.end.checked_mul(stride).is_some_and(|end| end <= data.len());
+        assert!(cols.end <= stride && fits, "rows {rows:?}, columns {cols:?} lie outside the matrix");
         let start = (rows.start * stride + cols.start).min(data.len());
         Mat { data: &data[start..], rows: rows.len(), cols: cols.len(), row_stride: stride, col_stride: 1 }
     }
@@ -72,13 +73,14 @@ unsafe impl Send for MatMut<'_> {}
 impl<'a> MatMut<'a> {
     /// A matrix that fills `data`.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix needs {} elements", rows * cols);
+        assert_eq!(rows.checked_mul(cols), Some(data.len()), "elements of a [{rows}, {cols}] matrix");
         MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: cols, borrow: PhantomData }
     }
 
     /// Rows 0..`rows` and columns 0..`cols` of the matrix `data` whose rows are `stride` long.
     pub fn corner(data: &'a mut [f32], stride: usize, rows: usize, cols: usize) -> Self {
-        assert!(cols <= stride && rows * stride <= data.len(), "[{rows}, {cols}] does not fit rows of {stride} in {}", data.len());
+        let fits = rows.checked_mul(stride).is_some_and(|end| end <= data.len());
+        assert!(cols <= stride && fits, "[{rows}, {cols}] does not fit rows of {stride} in {}", data.len());
         MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: stride, borrow: PhantomData }
     }
 

@@ -368,3 +368,6 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     std::fs::create_dir_all(folder).map_err(|error| failed(error.to_string()))?;
     ernie_checkpoint::atomic_write(path, bytes).map_err(|error| failed(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

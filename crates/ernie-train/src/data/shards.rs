@@ -20,6 +20,7 @@ const CHECKSUM: usize = 32;
 #[derive(Debug)]
 pub struct Shard {
     bytes: Vec<u8>,
+    key: blake3::Hash,
     tokens_at: usize,
     width: usize,
     ends: Vec<u64>,
@@ -90,6 +91,7 @@ impl Shard {
         let ends: Vec<u64> = (0..documents).map(|index| u64_at(HEADER + 8 * index)).collect();
         let sides_at = HEADER + 8 * documents;
         let mut shard = Self {
+            key: *key,
             tokens_at: sides_at + documents,
             width,
             ends,
@@ -118,6 +120,11 @@ impl Shard {
             }
         }
         Ok(shard)
+    }
+
+    /// The key it was made under.
+    pub fn key(&self) -> blake3::Hash {
+        self.key
     }
 
     /// Training documents.

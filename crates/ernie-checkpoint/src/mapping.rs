@@ -1,0 +1,64 @@
+//! The bytes of one weights file: mapped from disk, or compiled into the program.
+#![allow(unsafe_code)] // mapping a file is unsafe by nature; this is the one place, reviewed as such
+
+use std::fs::File;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+/// Read-only bytes with the name of the file they came from.
+#[derive(Debug)]
+pub(crate) struct FileBytes {
+    /// Where the bytes come from, for messages.
+    pub(crate) path: PathBuf,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl FileBytes {
+    /// Maps a regular file of at least one byte.
+    pub(crate) fn map(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let metadata = file.metadata().map_err(Error::io(path, "read the size of"))?;
+        if !metadata.is_file() {
+            let reason = std::io::Error::other("it is not a regular file");
+            return Err(Error::io(path, "map")(reason));
+        }
+        if metadata.len() == 0 {
+            // An empty file cannot be mapped on every system; it is as good as these no bytes.
+            return Ok(Self { path: path.to_owned(), content: Content::Static(&[]) });
+        }
+        // SAFETY: the mapping is private and read-only, and outlives every slice taken from it (the slices borrow
+        // `self`). Its bytes would change under us only if another process wrote into or truncated the file in place;
+        // this program never does that (it replaces files by rename, which leaves a mapped file intact), and the
+        // documentation of `Checkpoint::open` asks the same of others. No type here has invalid bit patterns: changed
+        // bytes could change numbers, and are re-checked by `validate`, but cannot break memory safety of the parser,
+        // which copies the header before it uses it.
+        let mapped = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map"))?;
+        Ok(Self { path: path.to_owned(), content: Content::Mapped(mapped) })
+    }
+
+    /// Bytes compiled into the program, under a name for messages.
+    pub(crate) fn from_static(path: PathBuf, bytes: &'static [u8]) -> Self {
+        Self { path, content: Content::Static(bytes) }
+    }
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.content {
+            Content::Mapped(mapped) => mapped,
+            Content::Static(bytes) => bytes,
+        }
+    }
+}

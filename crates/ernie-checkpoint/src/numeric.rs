@@ -1,0 +1,113 @@
+//! Conversions between stored bytes and numbers, all little-endian and safe for unaligned bytes.
+
+use half::{bf16, f16};
+
+use crate::tensor::Dtype;
+
+/// Widens stored elements (not I8) to f32, exactly. `bytes` holds whole elements.
+pub(crate) fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    let (halves, _) = bytes.as_chunks::<2>();
+    match dtype {
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        Dtype::Bf16 => halves.iter().map(|&b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)).collect(),
+        Dtype::F16 => halves.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::I8 => bytes.iter().map(|&b| f32::from(b.cast_signed())).collect(),
+    }
+}
+
+/// Rounds to bf16, to nearest with ties to even, as bytes.
+pub(crate) fn bf16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
+}
+
+/// The elements as little-endian bytes.
+pub(crate) fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// Symmetric 8-bit quantisation with one scale per row, as compressed-tensors does it: scale = max|w| / 127,
+/// q = round-half-even(w / scale) in [-127, 127]. A row of zeros has scale 1.
+pub(crate) fn quantise_rows(values: &[f32], row: usize) -> (Vec<u8>, Vec<f32>) {
+    let mut quantised = Vec::with_capacity(values.len());
+    let mut scales = Vec::with_capacity(values.len() / row.max(1));
+    for row in values.chunks_exact(row.max(1)) {
+        let largest = row.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+        let scale = largest / 127.0;
+        // The quotient of a denormal row could vanish; 1 then maps it to zeros.
+        let scale = if scale > 0.0 { scale } else { 1.0 };
+        scales.push(scale);
+        let quantise = |x: &f32| ((x / scale).round_ties_even().clamp(-127.0, 127.0) as i8).cast_unsigned();
+        quantised.extend(row.iter().map(quantise));
+    }
+    (quantised, scales)
+}
+
+/// Index and value of the first NaN or infinity. Blocks are tested by their exponent bits without a branch per
+/// element, so that a whole checkpoint is scanned at about the speed of memory.
+pub(crate) fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, f32)> {
+    const BLOCK: usize = 1 << 14;
+    let suspicious = |block: &[u8]| match dtype {
+        Dtype::F32 => {
+            let exponent = 0x7f80_0000;
+            block.as_chunks::<4>().0.iter().fold(false, |any, &b| any | (u32::from_le_bytes(b) & exponent == exponent))
+        }
+        Dtype::Bf16 | Dtype::F16 => {
+            let exponent = if dtype == Dtype::Bf16 { 0x7f80 } else { 0x7c00 };
+            block.as_chunks::<2>().0.iter().fold(false, |any, &b| any | (u16::from_le_bytes(b) & exponent == exponent))
+        }
+        Dtype::I8 => false,
+    };
+    let (i, block) = bytes.chunks(BLOCK).enumerate().find(|(_, block)| suspicious(block))?;
+    let values = widen(dtype, block);
+    let at = values.iter().position(|x| !x.is_finite())?;
+    Some((i * BLOCK / dtype.size() + at, values[at]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_to_nearest_even() {
+        // 1 + 2^-8 is half way between 1 and 1 + 2^-7: to even, 1. One ulp above it: up. 1 + 3·2^-8: tie, up to even.
+        let cases = [(0x3f80_8000, 0x3f80), (0x3f80_8001, 0x3f81), (0x3f81_8000, 0x3f82), (0xbf81_8000, 0xbf82)];
+        for (f32_bits, bf16_bits) in cases {
+            let bytes = bf16_bytes(&[f32::from_bits(f32_bits)]);
+            assert_eq!(u16::from_le_bytes([bytes[0], bytes[1]]), bf16_bits, "{f32_bits:x}");
+        }
+        // The largest f32 rounds to infinity, which saving refuses only if it was one before; so it must be seen here.
+        assert_eq!(bf16_bytes(&[f32::MAX]), [0x80, 0x7f]);
+    }
+
+    #[test]
+    fn finds_the_first_non_finite_element_across_blocks() {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+            let mut values = vec![1.0_f32; 20_000];
+            values[17_123] = f32::NAN;
+            values[19_000] = f32::INFINITY;
+            let bytes: Vec<u8> = match dtype {
+                Dtype::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+                Dtype::Bf16 => bf16_bytes(&values),
+                _ => f32_bytes(&values),
+            };
+            let (at, value) = first_non_finite(dtype, &bytes).unwrap();
+            assert_eq!(at, 17_123);
+            assert!(value.is_nan());
+            assert!(first_non_finite(dtype, &bytes[..17_123 * dtype.size()]).is_none());
+        }
+    }
+
+    #[test]
+    fn int8_rows_are_within_half_a_step() {
+        let values: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * (i / 100 + 1) as f32).collect();
+        let (quantised, scales) = quantise_rows(&values, 100);
+        assert_eq!(scales.len(), 3);
+        for (i, (&q, &x)) in quantised.iter().zip(&values).enumerate() {
+            let scale = scales[i / 100];
+            assert!((f32::from(q.cast_signed()) * scale - x).abs() <= scale * 0.5001);
+        }
+        assert!(quantised.iter().any(|&q| q.cast_signed().unsigned_abs() == 127));
+        assert_eq!(quantise_rows(&[0.0; 4], 4), (vec![0; 4], vec![1.0]));
+        assert_eq!(quantise_rows(&[1e-45, 0.0], 2).0, vec![0, 0]);
+    }
+}
