@@ -36,11 +36,12 @@ impl RunDecoder {
             PieceKind::Unknown => self.emit(model, &model.unk_surface, out),
             _ => {
                 let mut rest = piece;
-                if self.at_start && model.strips_leading_space {
-                    if let Some(stripped) = piece.strip_prefix(SPACE_SYMBOL) {
-                        rest = stripped;
-                        self.at_start = model.strips_all_leading_spaces;
-                    }
+                if self.at_start
+                    && model.strips_leading_space
+                    && let Some(stripped) = piece.strip_prefix(SPACE_SYMBOL)
+                {
+                    rest = stripped;
+                    self.at_start = model.strips_all_leading_spaces;
                 }
                 self.emit(model, &rest.replace(SPACE_SYMBOL, " "), out);
             }

@@ -147,7 +147,7 @@ impl CharsMap {
         if size >= rest.len() {
             return Err(Error::CharsMap("its trie is larger than the map"));
         }
-        if size == 0 || size % 1024 != 0 {
+        if size == 0 || !size.is_multiple_of(1024) {
             return Err(Error::CharsMap("its trie size is not a multiple of 1024"));
         }
         let (trie, replacements) = rest.split_at(size);

@@ -10,7 +10,7 @@ pub use error::TokenizerError;
 pub use special::SpecialTokens;
 use special::{AddedToken, AddedTokens, SideFile};
 pub use stream::DecodeStream;
-use stream::{JsonStreaming, SentencePieceStream};
+use stream::{JsonStreaming, SentencePieceStream, decode_json};
 
 use crate::sentencepiece::{PieceKind, SentencePiece, text_with_replacements};
 
@@ -30,7 +30,7 @@ pub struct Tokenizer {
 }
 
 enum Backend {
-    Json { tokenizer: Box<tokenizers::Tokenizer>, streaming: JsonStreaming },
+    Json { tokenizer: Box<tokenizers::Tokenizer>, streaming: JsonStreaming, vocab_size: usize },
     SentencePiece(Box<SentencePieceBackend>),
 }
 
@@ -83,7 +83,8 @@ impl Tokenizer {
         tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?;
         tokenizer.with_padding(None);
         let streaming = JsonStreaming::of(&tokenizer);
-        let backend = Backend::Json { tokenizer: Box::new(tokenizer), streaming };
+        let vocab_size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let backend = Backend::Json { tokenizer: Box::new(tokenizer), streaming, vocab_size };
         Ok(Self { backend, origin, special: SpecialTokens::default() })
     }
 
@@ -132,8 +133,7 @@ impl Tokenizer {
     /// Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         match &self.backend {
-            // The decoders of tokenizer.json fail on no input that its own vocabulary can give.
-            Backend::Json { tokenizer, .. } => tokenizer.decode(ids, skip_special).unwrap_or_default(),
+            Backend::Json { tokenizer, .. } => decode_json(tokenizer, ids, skip_special),
             Backend::SentencePiece(_) => {
                 let mut stream = self.decode_stream(skip_special);
                 let mut text: String = ids.iter().map(|id| stream.push(*id)).collect();
@@ -146,7 +146,7 @@ impl Tokenizer {
     /// Decodes ids as they are generated.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
         match &self.backend {
-            Backend::Json { tokenizer, streaming } => DecodeStream::json(tokenizer, *streaming, skip_special),
+            Backend::Json { tokenizer, streaming, .. } => DecodeStream::json(tokenizer, *streaming, skip_special),
             Backend::SentencePiece(backend) => DecodeStream::sentencepiece(SentencePieceStream::new(backend, skip_special)),
         }
     }
@@ -173,10 +173,7 @@ impl Tokenizer {
     /// Number of ids: one more than the highest.
     pub fn vocab_size(&self) -> usize {
         match &self.backend {
-            Backend::Json { tokenizer, .. } => {
-                let highest = tokenizer.get_vocab(true).into_values().max();
-                highest.map_or(0, |id| id as usize + 1)
-            }
+            Backend::Json { vocab_size, .. } => *vocab_size,
             Backend::SentencePiece(backend) => backend.model.len().max(backend.added.end_of_ids()),
         }
     }

@@ -72,6 +72,22 @@ impl<'a> SentencePieceStream<'a> {
     }
 }
 
+/// The whole text of `ids`. (Some decoders of the library cannot take an empty list of tokens, so it never gets one.)
+pub(super) fn decode_json(tokenizer: &tokenizers::Tokenizer, ids: &[u32], skip_special: bool) -> String {
+    match ids.iter().any(|id| visible_token(tokenizer, *id, skip_special).is_some()) {
+        // The decoders of tokenizer.json fail on no token that its own vocabulary has.
+        true => tokenizer.decode(ids, skip_special).unwrap_or_default(),
+        false => String::new(),
+    }
+}
+
+/// The token that the decoder sees for an id; `None` for ids outside the vocabulary and special tokens left out.
+fn visible_token(tokenizer: &tokenizers::Tokenizer, id: u32, skip_special: bool) -> Option<String> {
+    let token = tokenizer.id_to_token(id)?;
+    let left_out = skip_special && tokenizer.get_added_vocabulary().is_special_token(&token);
+    (!left_out).then_some(token)
+}
+
 /// How far a `tokenizer.json` decoder looks beyond one token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum JsonStreaming {
@@ -126,11 +142,13 @@ struct JsonStream<'a> {
 
 impl JsonStream<'_> {
     fn push(&mut self, id: u32) -> String {
+        // What the decoder does not see must not look like the end of a run of byte tokens.
+        let Some(token) = visible_token(self.tokenizer, id, self.skip_special) else { return String::new() };
         self.ids.push(id);
         match self.streaming {
             JsonStreaming::Whole => return String::new(),
             // A run of byte tokens is valid or not as a whole.
-            JsonStreaming::Local { byte_fallback: true } if self.is_byte_token(id) => return String::new(),
+            JsonStreaming::Local { byte_fallback: true } if is_byte_token(&token) => return String::new(),
             JsonStreaming::Local { .. } => {}
         }
         let text = self.beyond_context();
@@ -151,15 +169,14 @@ impl JsonStream<'_> {
     }
 
     fn beyond_context(&self) -> String {
-        let decode = |ids: &[u32]| self.tokenizer.decode(ids, self.skip_special).unwrap_or_default();
+        let decode = |ids: &[u32]| decode_json(self.tokenizer, ids, self.skip_special);
         let known = decode(&self.ids[..self.context]);
         let mut text = decode(&self.ids);
         // The decoders admitted by `JsonStreaming::of` only ever append.
         if text.starts_with(&known) { text.split_off(known.len()) } else { String::new() }
     }
+}
 
-    fn is_byte_token(&self, id: u32) -> bool {
-        let token = self.tokenizer.id_to_token(id);
-        token.is_some_and(|token| token.len() == 6 && token.starts_with("<0x") && token.ends_with('>'))
-    }
+fn is_byte_token(token: &str) -> bool {
+    token.len() == 6 && token.starts_with("<0x") && token.ends_with('>')
 }

@@ -1,5 +1,7 @@
 //! Tokenizers against the `sentencepiece` and `tokenizers` Python packages (fixtures: testdata/scripts/make_tokenizer_goldens.py).
 
+mod files;
+
 use std::path::PathBuf;
 
 use ernie_checkpoint::Tokenizer;
