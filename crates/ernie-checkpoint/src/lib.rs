@@ -12,6 +12,7 @@ mod config;
 mod error;
 mod header;
 mod layout;
+mod mapped;
 mod mapping;
 mod numeric;
 mod save;
@@ -30,6 +31,7 @@ pub use config::{
 };
 pub use error::{Error, Result};
 pub use layout::Layout;
+pub use mapped::MappedFile;
 pub use save::{SaveDtype, SaveOptions, save};
 pub use sentencepiece::SentencePieceError;
 pub use specs::{TensorGroup, TensorRole, TensorSpec};
