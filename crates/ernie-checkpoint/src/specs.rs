@@ -1,6 +1,6 @@
 //! The tensors that a config asks for, under their Hugging Face names, without allocating any of them.
 
-use crate::config::{Config, Family, MoeConfig, VlConfig};
+use crate::config::{Config, Family, Family, MoeConfig, VlConfig};
 
 /// Where a tensor belongs; optional groups are there as a whole or not at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -81,6 +81,11 @@ pub(crate) fn tensor_specs(config: &Config) -> Vec<TensorSpec> {
     list.group = TensorGroup::Head;
     list.required = !config.tie_word_embeddings;
     list.push("lm_head.weight".into(), vec![v, h], TensorRole::Embedding);
+    if config.use_bias && config.family == Family::Moe {
+        // Of the released code only the text MoE model gives its head a bias, tied or not.
+        list.required = true;
+        list.vector("lm_head.bias".into(), v);
+    }
     list.group = TensorGroup::Mtp;
     list.required = false;
     for i in 0..config.num_nextn_predict_layers {
