@@ -1,6 +1,6 @@
 //! The tensors that a config asks for, under their Hugging Face names, without allocating any of them.
 
-use crate::config::{Config, Family, Family, MoeConfig, VlConfig};
+use crate::config::{Config, Family, MoeConfig, VlConfig};
 
 /// Where a tensor belongs; optional groups are there as a whole or not at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
