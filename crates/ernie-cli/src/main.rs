@@ -1,2 +1,43 @@
-//! The `ernie` command.
-fn main() {}
+//! The `ernie` command: parse the arguments, run one subcommand, turn its outcome into an exit code.
+//!
+//! One file per subcommand; each takes its raw arguments, checks them, and calls the libraries. The exit code is decided in [`outcome`] alone.
+mod arguments;
+mod card;
+mod chat;
+mod conversation;
+mod embedded;
+mod encoding;
+mod generate;
+mod inspect;
+mod interrupt;
+mod logits;
+mod model;
+mod outcome;
+mod sampling;
+mod tokenize;
+mod train;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+use arguments::{Arguments, Command};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    outcome::exit_code(run(&arguments))
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    arguments.use_threads()?;
+    match &arguments.command {
+        Command::Chat(chat) => chat::run(chat),
+        Command::Generate(generate) => generate::run(generate),
+        Command::Logits(logits) => logits::run(logits),
+        Command::Inspect(inspect) => inspect::run(inspect),
+        Command::Tokenize(tokenize) => tokenize::run(tokenize),
+        Command::Train(train) => train::run(train),
+    }
+}

@@ -1,0 +1,58 @@
+//! The command line as clap reads it; what each subcommand takes is declared in its own file.
+use clap::{Parser, Subcommand};
+
+use crate::{chat, generate, inspect, logits, outcome, tokenize, train};
+
+/// Train, inspect and talk to ERNIE-4.5 language models
+#[derive(Debug, Parser)]
+#[command(
+    name = "ernie",
+    version,
+    about,
+    long_about = "Train, inspect and talk to ERNIE-4.5 language models.\n\n\
+        A model is a directory in Hugging Face form: config.json, *.safetensors and tokenizer files. Released ERNIE-4.5 text models \
+        and models that this program trained both work. Without --model every command uses the small model built into this program, so \
+        that the first command to try needs nothing else:\n\n  ernie chat",
+    after_long_help = "Examples:\n  \
+        ernie chat                                        talk to the built-in model\n  \
+        ernie generate \"Once upon a time\"                 continue a text\n  \
+        ernie generate \"Once upon a time\" --seed 7        the same continuation each time\n  \
+        ernie inspect path/to/model                       sizes, memory, and what is wrong with it\n  \
+        ernie train recipes/nano.toml --data path/to/data train a model\n\n\
+        Exit codes:\n  0    success\n  1    failure; standard error says what happened and what to do\n  \
+        2    the command line is wrong\n  130  interrupted (Ctrl-C)\n\n\
+        `ernie help COMMAND` explains a command in full.",
+    subcommand_required = true,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
+pub struct Arguments {
+    /// Worker threads [default: one per core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Chat(chat::ChatArguments),
+    Generate(generate::GenerateArguments),
+    Logits(logits::LogitsArguments),
+    Inspect(inspect::InspectArguments),
+    Tokenize(tokenize::TokenizeArguments),
+    Train(train::TrainArguments),
+}
+
+impl Arguments {
+    /// Makes the thread pool that all kernels share, if a number of threads was given.
+    pub fn use_threads(&self) -> anyhow::Result<()> {
+        let Some(threads) = self.threads else { return Ok(()) };
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.into())
+            .build_global()
+            .map_err(|error| outcome::usage(format!("--threads {threads}: {error}; give a smaller number")))
+    }
+}

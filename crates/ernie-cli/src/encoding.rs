@@ -1,0 +1,71 @@
+//! Between text and tokens: ids on the command line, text that streams out, conversations as the model was trained to see them.
+use anyhow::Context;
+use ernie_checkpoint::{ChatTemplate, ChatTemplateOptions, DecodeStream, Message, Tokenizer};
+use std::io::Read;
+
+/// A text argument; `-` stands for all of standard input.
+pub fn text_or_stdin(argument: &str) -> anyhow::Result<String> {
+    if argument != "-" {
+        return Ok(argument.to_owned());
+    }
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).context("cannot read standard input as UTF-8 text")?;
+    Ok(text)
+}
+
+/// The tokenizer's streaming decoder for the engine; without a tokenizer there is no text.
+pub struct StreamDecoder<'t>(Option<DecodeStream<'t>>);
+
+impl<'t> StreamDecoder<'t> {
+    /// A decoder for one generation.
+    pub fn new(tokenizer: Option<&'t Tokenizer>) -> Self {
+        Self(tokenizer.map(|tokenizer| tokenizer.decode_stream(true)))
+    }
+}
+
+impl ernie_engine::TextDecoder for StreamDecoder<'_> {
+    fn push(&mut self, id: u32) -> String {
+        self.0.as_mut().map_or_else(String::new, |stream| stream.push(id))
+    }
+
+    fn finish(&mut self) -> String {
+        self.0.as_mut().map_or_else(String::new, |stream| stream.finish())
+    }
+}
+
+/// The ids of a conversation up to where the assistant speaks next.
+///
+/// The text is tokenised in parts, cut where each answer began: an answer was generated after the ids of the text before it, and a tokenizer that
+/// saw both at once might merge the space between them into the answer's first word. So the ids of earlier turns stay those that the model saw, and
+/// what the session knows of them stays of use.
+pub fn encode_conversation(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+    options: &ChatTemplateOptions,
+) -> anyhow::Result<Vec<u32>> {
+    let whole = template.render(messages, true, options).context("the chat template failed")?;
+    let mut cuts = Vec::new();
+    for (index, message) in messages.iter().enumerate() {
+        if message.role == "assistant" {
+            let before = template.render(&messages[..index], true, options).context("the chat template failed")?;
+            // A template may write past turns in another way (without their reasoning, say); then there is no place to cut.
+            if whole.starts_with(&before) {
+                cuts.push(before.len());
+            }
+        }
+    }
+    cuts.push(whole.len());
+    let mut ids = Vec::new();
+    let mut start = 0;
+    for cut in cuts {
+        ids.extend(tokenizer.encode(&whole[start..cut], false)?);
+        start = cut;
+    }
+    Ok(ids)
+}
+
+/// Tokens at which an assistant's turn ends, besides those of config.json: the family closes a turn with `<|end_of_sentence|>`.
+pub fn end_of_turn_ids(tokenizer: &Tokenizer) -> Vec<u32> {
+    tokenizer.piece_to_id("<|end_of_sentence|>").into_iter().chain(tokenizer.eos_id()).collect()
+}

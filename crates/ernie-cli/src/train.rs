@@ -1,0 +1,221 @@
+//! `ernie train`: run a recipe, and release its model.
+use anyhow::Context;
+use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions};
+use ernie_train::data::{self, SourceReport};
+use ernie_train::recipe::{Export, ExportDtype, Limits};
+use ernie_train::{Recipe, Report, TrainOptions, snapshot};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use crate::card::{self, Card};
+use crate::inspect;
+use crate::interrupt::Interrupt;
+use crate::outcome::Outcome;
+
+/// Train a model by a recipe
+#[derive(Debug, clap::Args)]
+#[command(
+    long_about = "Train a model by a recipe: one TOML file that names everything, from the sources of text to the learning rate. The recipe is \
+        checked before anything is read; then the tokenizer is trained and the text tokenised (both kept for the next time), and training \
+        begins.\n\n\
+        Ctrl-C writes a checkpoint and stops; the same command goes on from there, as it does after a crash, with the same result to the \
+        last bit. A second Ctrl-C stops at once, with the loss of the work since the last checkpoint.\n\n\
+        In the recipe's output folder: checkpoints/, metrics.jsonl, tensorboard/, loss.svg, and at the end model/. If the recipe has an \
+        [export] section, the finished model is then written there in the form it asks for, with a model card.",
+    after_long_help = "Examples:\n  \
+        ernie train recipes/nano.toml --data path/to/data\n  \
+        ernie train recipes/nano.toml --data path/to/data --dry-run        check, and show what the data come to\n  \
+        ernie train recipes/nano.toml --steps 50 --out runs/trial          a short trial in a folder of its own\n  \
+        ernie chat --model runs/nano/model                                 talk to the result\n\n\
+        The data folder is --data, else the environment variable ERNIE_DATA, else `root` in the recipe."
+)]
+pub struct TrainArguments {
+    /// The recipe
+    recipe: PathBuf,
+    /// Folder that the recipe's paths start from
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Train for N steps instead of the recipe's length; without the recipe's [export]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: Option<u64>,
+    /// Write to this folder instead of the recipe's
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Check the recipe and show what the data come to; trains nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// No progress on standard error
+    #[arg(long)]
+    quiet: bool,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--dry-run` finds.
+#[derive(Serialize)]
+struct Plan {
+    parameters: u64,
+    active_parameters: u64,
+    steps: u64,
+    tokens: u64,
+    sources: Vec<SourceReport>,
+}
+
+/// What a run came to.
+#[derive(Serialize)]
+struct Outcomes<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    tokens_per_second: f64,
+    exported: Option<&'a Path>,
+}
+
+/// Runs the command.
+pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    let mut recipe = Recipe::from_file(&arguments.recipe)?;
+    if let Some(steps) = arguments.steps {
+        (recipe.run.steps, recipe.run.tokens, recipe.export) = (Some(steps), None, None);
+    }
+    if let Some(out) = &arguments.out {
+        recipe.run.out = out.clone();
+    }
+    if arguments.dry_run {
+        return dry_run(arguments, &recipe);
+    }
+    let interrupt = Interrupt::install()?;
+    let working = interrupt.begin();
+    let options = TrainOptions { data_root: arguments.data.clone(), quiet: arguments.quiet, stop: interrupt.flag() };
+    let report = ernie_train::train(&recipe, &options)?;
+    drop(working);
+    if !report.finished {
+        print_report(arguments, &report, None)?;
+        eprintln!("stopped after step {} of {}; the same command goes on from there", report.steps, recipe.total_steps());
+        return Err(Outcome::Interrupted.into());
+    }
+    if let Some(section) = &recipe.export {
+        export(arguments, &recipe, section, &report)?;
+    }
+    print_report(arguments, &report, recipe.export.as_ref().map(|section| section.dir.as_path()))
+}
+
+fn dry_run(arguments: &TrainArguments, recipe: &Recipe) -> anyhow::Result<()> {
+    let counts = ernie_train::model_config(recipe)?.parameter_counts();
+    recipe.validate(&Limits::of_this_machine(counts.total))?;
+    let root = recipe.data_root(arguments.data.as_deref())?;
+    let steps = recipe.total_steps();
+    let plan = Plan {
+        parameters: counts.total,
+        active_parameters: counts.active,
+        steps,
+        tokens: steps * recipe.tokens_per_step(),
+        sources: data::describe(recipe, &root)?,
+    };
+    let text = if arguments.json {
+        serde_json::to_string(&plan)? + "\n"
+    } else {
+        format!(
+            "parameters  {} total, {} active per token\nlength      {steps} steps of {} tokens, {} tokens in all\n\n{}",
+            inspect::count(plan.parameters),
+            inspect::count(plan.active_parameters),
+            recipe.tokens_per_step(),
+            inspect::count(plan.tokens),
+            data::report_table(&plan.sources)
+        )
+    };
+    write_out(&text)
+}
+
+fn print_report(arguments: &TrainArguments, report: &Report, exported: Option<&Path>) -> anyhow::Result<()> {
+    let tokens_per_second = report.tokens as f64 / report.seconds.max(f64::MIN_POSITIVE);
+    if arguments.json {
+        return write_out(&(serde_json::to_string(&Outcomes { report, tokens_per_second, exported })? + "\n"));
+    }
+    let mut out = format!(
+        "steps     {}\ntokens    {}\ntime      {}, {tokens_per_second:.0} tok/s\nmodel     {}\n",
+        report.steps,
+        report.tokens,
+        card::duration(report.seconds),
+        report.model_dir.display()
+    );
+    if let Some(dir) = exported {
+        let _ = writeln!(out, "exported  {}", dir.display());
+    }
+    if !report.validation.is_empty() {
+        let _ = writeln!(out, "\n{:<24}{:>10}{:>14}", "validation", "loss", "perplexity");
+        for (source, loss) in &report.validation {
+            let _ = writeln!(out, "{source:<24}{loss:>10.4}{:>14.2}", loss.exp());
+        }
+    }
+    write_out(&out)
+}
+
+fn write_out(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// Writes the finished model where the recipe's `[export]` says, in its dtype, with a card that describes these very weights.
+fn export(arguments: &TrainArguments, recipe: &Recipe, section: &Export, report: &Report) -> anyhow::Result<()> {
+    let say = |what: &str| {
+        if !arguments.quiet {
+            eprintln!("{what}");
+        }
+    };
+    let dir = &section.dir;
+    say(&format!("exporting to {}", dir.display()));
+    save_as(&report.model_dir, dir, section.dtype).with_context(|| format!("cannot export to {}", dir.display()))?;
+    let curve = recipe.run.out.join("loss.svg");
+    let svg = std::fs::read(&curve).with_context(|| format!("cannot read the loss curve {}", curve.display()))?;
+    ernie_checkpoint::atomic_write(&dir.join("loss.svg"), &svg)?;
+
+    say("scoring the exported weights");
+    let exported = Checkpoint::open(dir)?;
+    let root = recipe.data_root(arguments.data.as_deref())?;
+    let card = Card {
+        recipe,
+        recipe_file: &arguments.recipe,
+        report,
+        dir,
+        dtype: dtype_name(section.dtype),
+        sources: data::describe(recipe, &root)?,
+        validation: ernie_train::evaluate(recipe, &exported, arguments.data.as_deref())?,
+        samples: card::samples(dir)?,
+        config: exported.config(),
+        weight_bytes: exported.file_bytes(),
+    };
+    ernie_checkpoint::atomic_write(&dir.join("MODEL_CARD.md"), card.markdown().as_bytes())?;
+    Ok(())
+}
+
+/// Copies a model directory into another dtype: weights, configuration, tokenizer.
+fn save_as(from: &Path, to: &Path, dtype: ExportDtype) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(from)?;
+    let mut tensors = Vec::new();
+    for name in checkpoint.names() {
+        let tensor = checkpoint.tensor(name)?;
+        tensors.push((name.to_owned(), tensor.shape.clone(), tensor.to_f32()?.into()));
+    }
+    let dtype = match dtype {
+        ExportDtype::F32 => SaveDtype::F32,
+        ExportDtype::Bf16 => SaveDtype::Bf16,
+        ExportDtype::Int8 => SaveDtype::Int8PerChannel,
+    };
+    if let Some(parent) = to.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    ernie_checkpoint::save(to, checkpoint.config(), tensors, &SaveOptions { dtype, ..SaveOptions::default() })?;
+    snapshot::copy_tokenizer(from, to)?;
+    Ok(())
+}
+
+fn dtype_name(dtype: ExportDtype) -> &'static str {
+    match dtype {
+        ExportDtype::F32 => "f32",
+        ExportDtype::Bf16 => "bf16",
+        ExportDtype::Int8 => "int8, one scale per output channel (norms, biases and routers in f32)",
+    }
+}

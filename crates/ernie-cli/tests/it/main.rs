@@ -1,0 +1,10 @@
+//! The built program, run as users run it.
+mod chat;
+mod generate;
+mod goldens;
+mod inspect;
+mod program;
+mod tiny_model;
+mod tokenize;
+mod train;
+mod usage;

@@ -1,0 +1,42 @@
+//! Help, and command lines that are wrong.
+use crate::program::ernie;
+
+const COMMANDS: [&str; 6] = ["chat", "generate", "logits", "inspect", "tokenize", "train"];
+
+#[test]
+fn help_explains_every_command_with_examples() {
+    let help = ernie(["--help"]).ok();
+    for command in COMMANDS {
+        assert!(help.contains(&format!("  {command} ")), "{help}");
+        let own = ernie([command, "--help"]).ok();
+        assert!(own.contains("Examples:") && own.contains(&format!("ernie {command}")), "{own}");
+        assert_eq!(own, ernie(["help", command]).ok());
+    }
+    for code in ["0 ", "1 ", "2 ", "130 "] {
+        assert!(help.contains(&format!("\n  {code}")), "no exit code {code} in {help}");
+    }
+}
+
+#[test]
+fn wrong_command_lines_exit_with_2_and_name_what_is_wrong() {
+    let cases: &[(&[&str], &str)] = &[
+        (&[], "Usage"),
+        (&["fly"], "fly"),
+        (&["chat", "--wings"], "--wings"),
+        (&["generate"], "PROMPT"),
+        (&["generate", "x", "--ids", "3"], "--ids"),
+        (&["generate", "--ids", "3,x"], "x"),
+        (&["generate", "x", "--temperature", "-1"], "--temperature"),
+        (&["generate", "x", "--top-p", "0"], "--top-p"),
+        (&["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (&["generate", "x", "--threads", "0"], "--threads"),
+        (&["generate", "x", "--system", "y"], "--chat"),
+        (&["logits", "--ids", "3", "--last", "2"], "--last 2"),
+        (&["logits"], "--ids"),
+        (&["tokenize"], "TEXT"),
+        (&["train"], "RECIPE"),
+    ];
+    for (arguments, part) in cases {
+        ernie(*arguments).fails(2, &[part]);
+    }
+}
