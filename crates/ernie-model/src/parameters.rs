@@ -74,6 +74,10 @@ impl Ernie {
         checkpoint.validate()?;
         let mut config: Config = checkpoint.config().clone();
         config.tie_word_embeddings = checkpoint.tied();
+        if !checkpoint.contains("model.mtp_linear_proj.0.weight") {
+            // Some releases announce the block and leave its weights out.
+            config.num_nextn_predict_layers = 0;
+        }
         let mut unread = checkpoint.names().map(String::from).collect::<HashSet<_>>();
         let mut failure = None;
         let model = Self::with_init(&config, &mut Init::zeros(device)).map_parameters(|parameter, values| {
@@ -219,7 +223,8 @@ impl<F: FnMut(&Parameter, Vec<f32>) -> Vec<f32>> ModuleMapper for Mapper<F> {
         let length = values.len();
         let values = (self.f)(&parameter, values);
         assert_eq!(values.len(), length, "{} must keep its size", parameter.name);
-        let tensor = Tensor::from_data(TensorData::new(values, dims), &device).set_require_grad(parameter.trainable);
+        let tensor = Tensor::from_data(TensorData::new(values, dims), &device);
+        let tensor = if device.is_autodiff() { tensor.set_require_grad(parameter.trainable) } else { tensor };
         Param::from_mapped_value(id, tensor, mapper)
     }
 }

@@ -55,10 +55,10 @@ impl AdamW {
         let step = self.step;
         model.map_parameters(|parameter, mut values| {
             if let Some(gradient) = gradients.get(&parameter.name).filter(|_| parameter.trainable) {
-                let moments = self.moments.entry(parameter.name.clone()).or_insert_with(|| Moments {
-                    first: vec![0.0; values.len()],
-                    second: vec![0.0; values.len()],
-                });
+                let moments = self
+                    .moments
+                    .entry(parameter.name.clone())
+                    .or_insert_with(|| Moments { first: vec![0.0; values.len()], second: vec![0.0; values.len()] });
                 let update = adamw::Step {
                     lr,
                     beta1: self.config.beta1,

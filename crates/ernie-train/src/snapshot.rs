@@ -183,9 +183,10 @@ fn entries(root: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
 }
 
 fn write_moments(path: &Path, optimizer: &AdamW) -> Result<(), SnapshotError> {
-    let named = optimizer.moments.iter().flat_map(|(name, moments)| {
-        [(format!("first.{name}"), &moments.first), (format!("second.{name}"), &moments.second)]
-    });
+    let named = optimizer
+        .moments
+        .iter()
+        .flat_map(|(name, moments)| [(format!("first.{name}"), &moments.first), (format!("second.{name}"), &moments.second)]);
     let views = named.map(|(name, values)| {
         let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values)).expect("bytes of as many floats");
         (name, view)

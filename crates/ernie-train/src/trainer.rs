@@ -262,9 +262,8 @@ impl<'a> Trainer<'a> {
     fn step(&mut self) -> Result<(), TrainError> {
         let start = Instant::now();
         let step = self.position.step + 1;
-        let batches = (0..self.recipe.data.gradient_accumulation)
-            .map(|_| self.packer.next_batch().map(packed))
-            .collect::<Result<Vec<_>, _>>()?;
+        let batches =
+            (0..self.recipe.data.gradient_accumulation).map(|_| self.packer.next_batch().map(packed)).collect::<Result<Vec<_>, _>>()?;
         let mut outcome = self.gradients(&batches);
         finite(step, "the loss", outcome.cross_entropy)?;
         let norm = optimizer::global_norm(&outcome.gradients);
@@ -303,12 +302,8 @@ impl<'a> Trainer<'a> {
         let loss = &self.recipe.loss;
         let weights = LossWeights { balance: loss.balance, z: loss.z_loss, mtp: loss.mtp_weight };
         let scored = batches.iter().map(PackedBatch::scored).sum::<usize>().max(1) as f64;
-        let mut outcome = StepOutcome {
-            gradients: NamedParameters::new(),
-            cross_entropy: 0.0,
-            extra: Default::default(),
-            usage: Default::default(),
-        };
+        let mut outcome =
+            StepOutcome { gradients: NamedParameters::new(), cross_entropy: 0.0, extra: Default::default(), usage: Default::default() };
         for batch in batches {
             let share = batch.scored() as f64 / scored;
             let Losses { total, cross_entropy, mtp, balance, z, usage } = self.model().loss(batch, &weights);
@@ -363,8 +358,9 @@ impl<'a> Trainer<'a> {
 
     fn interrupted(mut self) -> Result<Report, TrainError> {
         let model_dir = self.checkpoint()?;
+        let report = self.report(false, Vec::new(), model_dir);
         self.telemetry.finish()?;
-        Ok(self.report(false, Vec::new(), model_dir))
+        Ok(report)
     }
 
     fn finish(self) -> Result<Report, TrainError> {

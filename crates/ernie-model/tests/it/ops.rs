@@ -1,10 +1,7 @@
 //! Every fused operator against its twin in Burn's own operations: values and all gradients.
 use std::sync::Arc;
 
-use burn::{
-    prelude::*,
-    tensor::Distribution,
-};
+use burn::{prelude::*, tensor::Distribution};
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 use ernie_model::{
     batch::IGNORE,
@@ -68,7 +65,8 @@ fn attention_over_packed_documents_and_grouped_heads() {
             cu_seqlens: cu_seqlens.into(),
             rope: Arc::new(RopeTable::new(500_000.0, head_dim, tokens)),
         };
-        let (q, k, v) = (random([tokens, q_heads * head_dim]), random([tokens, kv_heads * head_dim]), random([tokens, kv_heads * head_dim]));
+        let (q, k, v) =
+            (random([tokens, q_heads * head_dim]), random([tokens, kv_heads * head_dim]), random([tokens, kv_heads * head_dim]));
         let run = |f: fn(Tensor<2>, Tensor<2>, Tensor<2>, &AttentionContext) -> Tensor<2>| f(q.clone(), k.clone(), v.clone(), &context);
         agree("attention", run(ops::rope_attention), run(plain::rope_attention), &[&q, &k, &v], &[]);
     }
@@ -81,8 +79,10 @@ fn routed_experts_with_idle_and_busy_ones() {
     let indices = (0..tokens).flat_map(|t| [0, 1 + (t % 3) as u32]).collect::<Vec<u32>>();
     let context = ExpertsContext { indices: indices.into(), top_k };
     let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
-    let stacks = [random([experts, intermediate, hidden]), random([experts, intermediate, hidden]), random([experts, hidden, intermediate])];
-    let run = |f: fn(Tensor<2>, [Tensor<3>; 3], Tensor<2>, &ExpertsContext) -> Tensor<2>| f(x.clone(), stacks.clone(), weights.clone(), &context);
+    let stacks =
+        [random([experts, intermediate, hidden]), random([experts, intermediate, hidden]), random([experts, hidden, intermediate])];
+    let run =
+        |f: fn(Tensor<2>, [Tensor<3>; 3], Tensor<2>, &ExpertsContext) -> Tensor<2>| f(x.clone(), stacks.clone(), weights.clone(), &context);
     agree("experts", run(ops::routed_experts), run(plain::routed_experts), &[&x, &weights], &[&stacks[0], &stacks[1], &stacks[2]]);
 }
 

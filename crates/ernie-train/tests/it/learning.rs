@@ -1,0 +1,138 @@
+//! A run learns, leaves its records, and refuses what cannot train before it writes anything.
+use std::{fs, path::Path, sync::atomic::Ordering};
+
+use super::run::{Bench, bits};
+use ernie_checkpoint::{Checkpoint, Tokenizer};
+use ernie_train::{Recipe, TrainError, TrainOptions, evaluate, train};
+
+fn quiet() -> TrainOptions {
+    TrainOptions { quiet: true, ..TrainOptions::default() }
+}
+
+#[test]
+fn a_run_learns_and_leaves_its_records() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let recipe = bench.recipe("run", 60);
+    let report = train(&recipe, &quiet()).unwrap();
+    assert!(report.finished);
+    assert_eq!((report.steps, report.tokens), (60, 60 * 2 * 4 * 32));
+
+    let out = dir.path().join("run");
+    let lines = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()).collect::<Vec<_>>();
+    let losses = lines.iter().filter(|line| line["kind"] == "train").map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(losses.len(), 60);
+    // Uniform guessing costs ln 400 = 6.0 nats; the grammar has 6 bits a sentence.
+    assert!(losses[0] > 5.5 && losses[59] < 0.5 * losses[0], "from {} to {}", losses[0], losses[59]);
+    for key in ["mtp", "balance", "z", "expert_peak_load", "grad_norm", "lr", "tok_s"] {
+        assert!(lines[5][key].is_number(), "{key} of {}", lines[5]);
+    }
+    assert!(fs::read_to_string(out.join("loss.svg")).unwrap().starts_with("<svg"));
+    assert!(fs::read_dir(out.join("tensorboard")).unwrap().count() == 1);
+    assert_eq!(fs::read_dir(out.join("checkpoints")).unwrap().count(), 2, "keep_last");
+
+    // The model directory is whole: it opens, validates, tokenises, and scores as the run said.
+    let model = out.join("model");
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    checkpoint.validate().unwrap();
+    assert!(checkpoint.contains("model.mtp_block.0.mlp.gate_proj.weight"));
+    let tokenizer = Tokenizer::from_dir(&model).unwrap();
+    let ids = tokenizer.encode("the cat likes 花.", false).unwrap();
+    assert_eq!(tokenizer.decode(&ids, false), "the cat likes 花.");
+    assert_eq!(evaluate(&recipe, &checkpoint, None).unwrap(), report.validation);
+    assert!(report.validation[0].1 < 0.6 * losses[0]);
+
+    // A finished run is left as it is.
+    let before = bits(&model);
+    assert!(train(&recipe, &quiet()).unwrap().finished);
+    assert_eq!(bits(&model), before);
+}
+
+#[test]
+fn the_correction_bias_moves_by_whole_rates_and_stays_out_of_the_gradient() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = Bench::new(dir.path()).recipe("run", 8);
+    let report = train(&recipe, &quiet()).unwrap();
+    let checkpoint = Checkpoint::open(&report.model_dir).unwrap();
+    let bias = checkpoint.tensor("model.layers.1.mlp.moe_statics.e_score_correction_bias").unwrap().to_f32().unwrap();
+    assert!(bias.iter().any(|&b| b != 0.0));
+    for b in bias {
+        let rates = b as f64 / 1e-3;
+        assert!((rates - rates.round()).abs() < 1e-3 && rates.abs() <= 8.0, "{b}");
+    }
+}
+
+#[test]
+fn a_stopped_run_goes_on_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let whole = train(&bench.recipe("whole", 20), &quiet()).unwrap();
+
+    let recipe = bench.recipe("stopped", 20);
+    let options = quiet();
+    let stop = options.stop.clone();
+    let watched = dir.path().join("stopped/metrics.jsonl");
+    let watcher = std::thread::spawn(move || {
+        while fs::read_to_string(&watched).map_or(0, |text| text.lines().count()) < 4 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let first = train(&recipe, &options).unwrap();
+    watcher.join().unwrap();
+    assert!(!first.finished && first.steps < 20, "stopped after {} steps", first.steps);
+    let second = train(&recipe, &quiet()).unwrap();
+    assert!(second.finished);
+    assert_eq!(bits(&second.model_dir), bits(&whole.model_dir));
+    assert_eq!(second.validation, whole.validation);
+}
+
+#[test]
+fn another_recipe_does_not_continue_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    train(&bench.recipe("run", 4), &quiet()).unwrap();
+    let mut other = bench.recipe("run", 4);
+    other.optimizer.lr *= 2.0;
+    let error = train(&other, &quiet()).unwrap_err();
+    assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
+    assert!(error.to_string().contains("run.out"));
+}
+
+#[test]
+fn what_cannot_train_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let cases: [(&str, &str, &str); 6] = [
+        ("lr = 5e-3", "learning_rate = 5e-3", "lr"),
+        ("\"corpus.txt\"", "\"missing.txt\"", "missing.txt"),
+        ("batch_size = 4", "batch_size = 400000000", "gradient_accumulation"),
+        ("sequence_length = 32", "sequence_length = 128", "max_position_embeddings"),
+        ("moe_k = 2", "moe_k = 9", "moe_k"),
+        ("warmup_steps = 2", "warmup_steps = 200", "warmup"),
+    ];
+    for (from, to, named) in cases {
+        let toml = bench.toml("refused", 10);
+        assert!(toml.contains(from), "{from}");
+        let error = match Recipe::from_toml(&toml.replacen(from, to, 1), Path::new("recipe.toml")) {
+            Err(error) => error.to_string(),
+            Ok(recipe) => train(&recipe, &quiet()).unwrap_err().to_string(),
+        };
+        assert!(error.contains(named), "{to}: the message does not name {named}: {error}");
+        assert!(!dir.path().join("refused/checkpoints").exists() && !dir.path().join("refused/metrics.jsonl").exists(), "{to}");
+    }
+    fs::write(dir.path().join("data/empty.txt"), "").unwrap();
+    let recipe = Recipe::from_toml(&bench.toml("refused", 10).replacen("corpus.txt", "empty.txt", 1), Path::new("r")).unwrap();
+    let error = train(&recipe, &quiet()).unwrap_err().to_string();
+    assert!(error.contains("empty") && error.contains("grammar"), "{error}");
+}
+
+#[test]
+fn a_diverging_run_stops_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let toml = Bench::new(dir.path()).toml("diverging", 200).replacen("lr = 5e-3", "lr = 9.0\nclip_norm = 0.0\nweight_decay = 9.0", 1);
+    let error = train(&Recipe::from_toml(&toml, Path::new("r")).unwrap(), &quiet()).unwrap_err();
+    assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
+    assert!(error.to_string().contains("optimizer.lr"));
+}

@@ -1,0 +1,4 @@
+//! The training loop from outside: it learns, it resumes to the bit, it survives being killed, it refuses what cannot train.
+mod learning;
+mod resume;
+mod run;
