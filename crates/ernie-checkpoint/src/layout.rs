@@ -71,7 +71,7 @@ pub(crate) fn table(weights: &Weights, config: &Config) -> Result<Table> {
             continue;
         }
         let parts = match layout {
-            Layout::HuggingFace => vec![hugging_face(name, &stored.entry.shape)],
+            Layout::HuggingFace => vec![hugging_face(released_name(name), &stored.entry.shape)],
             Layout::Paddle => from_paddle(weights.path(stored), stored, config)?,
         };
         for (name, shape, transform) in parts {
@@ -98,6 +98,14 @@ pub(crate) fn table(weights: &Weights, config: &Config) -> Result<Table> {
 
 type Part = (String, Vec<usize>, Transform);
 
+/// transformers 5 writes the vision transformer under `model.vision_model.`, the releases have it at the top.
+fn released_name(name: &str) -> &str {
+    match name.strip_prefix("model.") {
+        Some(rest) if rest.starts_with("vision_model.") => rest,
+        _ => name,
+    }
+}
+
 /// As stored, but for the MTP projection [h, 2h], which one release stores transposed.
 fn hugging_face(name: &str, shape: &[usize]) -> Part {
     if name.contains("mtp_linear_proj")
@@ -120,7 +128,7 @@ fn from_paddle(file: &Path, stored: &Stored, config: &Config) -> Result<Vec<Part
         });
     }
     let name = match stored_name.strip_prefix("ernie.") {
-        Some(rest) => format!("model.{rest}"),
+        Some(rest) => released_name(&format!("model.{rest}")).to_owned(),
         None => stored_name.clone(),
     };
     let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);

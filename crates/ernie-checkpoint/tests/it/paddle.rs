@@ -1,4 +1,4 @@
-//! The `-Paddle` layout must read as the same tensors as the Hugging Face layout.
+//! Layouts: the `-Paddle` layout must read as the same tensors as the Hugging Face layout.
 
 use std::fs;
 
@@ -149,6 +149,19 @@ fn the_mtp_projection_is_read_in_either_orientation() {
     (projection.1, projection.2) = (want.1.clone(), want.2.clone());
     let paddle = paddle_model(&config, &items, "F32");
     assert_eq!(Checkpoint::open(paddle.path()).unwrap().tensor(name).unwrap().to_f32().unwrap(), want.2);
+}
+
+#[test]
+fn the_vision_transformer_is_found_where_transformers_puts_it() {
+    let config = vision_language();
+    let mut items = tensors(&config);
+    for item in items.iter_mut().filter(|item| item.0.starts_with("vision_model.")) {
+        item.0.insert_str(0, "model.");
+    }
+    let dir = paddle_model(&config, &items, "F32");
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.layout(), Layout::HuggingFace);
+    checkpoint.validate().unwrap();
 }
 
 #[test]

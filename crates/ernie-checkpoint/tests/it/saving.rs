@@ -172,7 +172,7 @@ fn what_is_not_a_whole_model_is_refused_and_the_old_one_stays() {
         ("rubbish", |_, items| items.push(("rubbish".into(), vec![1], vec![0.0]))),
         ("model.norm.weight", |_, items| items.push(("model.norm.weight".into(), vec![12], vec![0.0; 12]))),
         ("embed_tokens", |_, items| items[0].1.reverse()),
-        ("embed_tokens", |_, items| drop(items[0].2.pop())),
+        ("embed_tokens", |_, items| items[0].2.truncate(7)),
         ("embed_tokens", |_, items| items[0].2[3] = f32::NAN),
         ("lm_head.weight", |config, _| config.tie_word_embeddings = false),
         ("num_key_value_heads", |config, _| config.num_key_value_heads = 3),
@@ -211,6 +211,44 @@ fn a_file_where_the_directory_should_be() {
     let error = write(&path, &dense(), &tensors(&dense()), SaveDtype::F32, u64::MAX).unwrap_err();
     assert_error!(error, Error::Io { .. });
     assert_eq!(fs::read_to_string(&path).unwrap(), "a file");
+}
+
+/// Names the directory to the child process of the next test.
+const SAVE_INTO: &str = "ERNIE_TEST_SAVE_INTO";
+
+#[test]
+#[ignore = "the child process of a_save_killed_at_any_time_leaves_a_whole_model"]
+fn child_that_saves_until_killed() {
+    let Ok(dir) = std::env::var(SAVE_INTO) else { return };
+    let models = [dense(), moe()].map(|config| (tensors(&config), config));
+    for i in 0.. {
+        let (items, config) = &models[i % 2];
+        write(Path::new(&dir), config, items, SaveDtype::F32, [4000, u64::MAX][i / 2 % 2]).unwrap();
+    }
+}
+
+#[test]
+fn a_save_killed_at_any_time_leaves_a_whole_model() {
+    let dir = model(&dense());
+    let config_file = dir.path().join("config.json");
+    let written = || fs::metadata(&config_file).unwrap().modified().unwrap();
+    for round in 0..25_u64 {
+        let before = written();
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "saving::child_that_saves_until_killed", "--ignored"])
+            .env(SAVE_INTO, dir.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Let it save at least once, then kill it at some point of a later save.
+        while written() == before {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_micros(round * 7919 % 40_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        Checkpoint::open(dir.path()).unwrap().validate().unwrap();
+    }
 }
 
 #[test]
