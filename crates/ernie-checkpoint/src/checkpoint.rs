@@ -59,9 +59,7 @@ impl Checkpoint {
     fn new(mut config: Config, weights: Weights) -> Result<Self> {
         let table = layout::table(&weights, &config)?;
         // Configs of the family are wrong about tying; the tensors are not.
-        if table.sources.contains_key("lm_head.weight") {
-            config.tie_word_embeddings = false;
-        }
+        config.tie_word_embeddings = !table.sources.contains_key("lm_head.weight");
         Ok(Self { config, weights, table })
     }
 

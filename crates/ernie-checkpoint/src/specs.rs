@@ -54,7 +54,7 @@ pub struct TensorSpec {
 impl Config {
     /// Every tensor of the model: embedding, layers in order, final norm, output head, MTP block, vision side.
     ///
-    /// `lm_head.weight` is required exactly if the config says untied. MTP tensors are listed where
+    /// `lm_head.weight` is required exactly if `tie_word_embeddings` is false, which [`crate::Checkpoint`] sets by its presence. MTP tensors are listed where
     /// `num_nextn_predict_layers` > 0, never required; biases of routed experts where `use_bias`, never required.
     /// The vision-language router matrices are [hidden, experts], as released; elsewhere they are [experts, hidden].
     pub fn tensor_specs(&self) -> Vec<TensorSpec> {

@@ -114,7 +114,14 @@ fn tying_is_decided_by_the_tensors() {
     let untied = model(&moe());
     let untied = Checkpoint::open(untied.path()).unwrap();
     assert!(!untied.tied() && !untied.config().tie_word_embeddings);
-    // The config says untied, the file has no head: the head is missing, not tied in silence.
+    // The config says untied, the file has no head: tied.
+    let says_untied = std::fs::read_to_string(tied.path().join("config.json")).unwrap();
+    let says_untied = says_untied.replace(r#""tie_word_embeddings": true"#, r#""tie_word_embeddings": false"#);
+    assert!(says_untied.contains(r#""tie_word_embeddings": false"#));
+    std::fs::write(tied.path().join("config.json"), says_untied).unwrap();
+    let checkpoint = Checkpoint::open(tied.path()).unwrap();
+    assert!(checkpoint.tied() && checkpoint.problems().is_empty());
+    // Writing is another matter: a model said to be untied that lacks its head is not whole.
     let mut config = dense();
     config.tie_word_embeddings = false;
     let problem = write(tied.path(), &config, &tensors(&dense()), SaveDtype::F32, u64::MAX).unwrap_err();
