@@ -1,1 +1,32 @@
-//! ernie-engine
+//! Inference on the CPU: a checkpoint in memory, sessions with a key/value cache, sampling, and generation with stop conditions.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = ernie_checkpoint::Checkpoint::open("models/nano".as_ref())?;
+//! let model = ernie_engine::Model::load(&checkpoint)?;
+//! let params = ernie_engine::SamplingParams { max_tokens: 32, ..ernie_engine::SamplingParams::greedy() };
+//! let generation = ernie_engine::generate(&model, &[1, 5, 7], &params, (), |_| ControlFlow::Continue(()))?;
+//! println!("{:?}", generation.tokens);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! No async and no tensors with gradients: the maths is [`ernie_kernels::decode`] on slices. One token's values never depend on what is computed
+//! beside it, so prompts may be cut into chunks and prefixes kept without changing a bit of the output.
+mod error;
+mod generate;
+mod model;
+mod random;
+mod sampler;
+mod session;
+mod stop;
+mod weights;
+
+pub use error::{Error, Result};
+pub use generate::{Event, FinishReason, Generation, TextDecoder, Timings, generate, generate_in};
+pub use model::Model;
+pub use sampler::{Sampler, SamplingParams};
+pub use session::Session;
+pub use stop::StopMatcher;
+pub use weights::WeightDtype;

@@ -1,0 +1,77 @@
+//! What transformers computed for tiny random models (see testdata/README.md), and their weights.
+use std::path::{Path, PathBuf};
+
+use ernie_checkpoint::Checkpoint;
+use ernie_engine::{Model, WeightDtype};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+/// One model directory with its expected values.
+pub struct Golden {
+    pub name: String,
+    pub dir: PathBuf,
+    /// Sequences that were run.
+    pub ids: Vec<Vec<u32>>,
+    /// Logits of each of them: `[tokens, vocab]`.
+    pub logits: Vec<Vec<f32>>,
+    pub prompt: Vec<u32>,
+    /// What greedy decoding appends to `prompt`.
+    pub greedy: Vec<u32>,
+}
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/models")
+}
+
+fn numbers(json: &Value) -> Vec<u32> {
+    json.as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as u32).collect()
+}
+
+impl Golden {
+    /// Every model that has weights. A directory with the same weights in another form takes the expected values of the first.
+    pub fn all() -> Vec<Golden> {
+        let mut dirs: Vec<PathBuf> = std::fs::read_dir(models()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        dirs.sort();
+        let goldens: Vec<Golden> = dirs.into_iter().filter(|dir| dir.join("golden.json").exists()).map(Golden::read).collect();
+        assert!(goldens.len() >= 16, "only {} models in {}", goldens.len(), models().display());
+        goldens
+    }
+
+    /// One by its name.
+    pub fn named(name: &str) -> Golden {
+        Golden::read(models().join(name))
+    }
+
+    fn read(dir: PathBuf) -> Golden {
+        let json = |dir: &Path| serde_json::from_slice::<Value>(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let values = json(&dir).get("same_values_as").map_or(dir.clone(), |other| models().join(other.as_str().unwrap()));
+        let expected = json(&values);
+        let ids: Vec<Vec<u32>> = expected["ids"].as_array().unwrap().iter().map(numbers).collect();
+        let bytes = std::fs::read(values.join("golden.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let logits: Vec<f32> =
+            file.tensor("logits").unwrap().data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        Golden {
+            name: dir.file_name().unwrap().to_str().unwrap().to_owned(),
+            logits: logits.chunks_exact(logits.len() / ids.len()).map(<[f32]>::to_vec).collect(),
+            ids,
+            prompt: numbers(&expected["greedy"]["prompt"]),
+            greedy: numbers(&expected["greedy"]["tokens"]),
+            dir,
+        }
+    }
+
+    pub fn checkpoint(&self) -> Checkpoint {
+        Checkpoint::open(&self.dir).unwrap_or_else(|error| panic!("{}: {error}", self.name))
+    }
+
+    pub fn model(&self, dtype: WeightDtype) -> Model {
+        Model::load_as(&self.checkpoint(), dtype).unwrap_or_else(|error| panic!("{}: {error}", self.name))
+    }
+}
+
+/// Largest absolute difference.
+pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}

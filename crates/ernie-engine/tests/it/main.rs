@@ -1,0 +1,6 @@
+//! Integration tests: one binary, one file per subject.
+mod generating;
+mod golden;
+mod models;
+mod sampling;
+mod stopping;

@@ -1,0 +1,192 @@
+//! The engine against transformers, and against itself under other cuts of the same tokens.
+use std::borrow::Cow;
+use std::ops::ControlFlow;
+
+use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions, save};
+use ernie_engine::{Error, FinishReason, Model, SamplingParams, Session, WeightDtype, generate, generate_in};
+
+use crate::golden::{Golden, max_difference};
+
+fn greedy(max_tokens: usize) -> SamplingParams {
+    SamplingParams { max_tokens, ..SamplingParams::greedy() }
+}
+
+fn all_logits(model: &Model, ids: &[u32]) -> Vec<f32> {
+    Session::new(model, ids.len()).unwrap().logits_for(ids, ids.len()).unwrap()
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    for golden in Golden::all() {
+        for dtype in [WeightDtype::Auto, WeightDtype::F32] {
+            let model = golden.model(dtype);
+            let worst = golden.ids.iter().zip(&golden.logits).map(|(ids, expected)| max_difference(&all_logits(&model, ids), expected));
+            let worst = worst.fold(0.0, f32::max);
+            println!("{:<24} {dtype:?}: logits max |Δ| {worst:.2e}", golden.name);
+            assert!(worst <= 1e-4, "{}: logits differ by {worst}", golden.name);
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_equal_those_of_transformers() {
+    for golden in Golden::all() {
+        let model = golden.model(WeightDtype::Auto);
+        let generation = generate(&model, &golden.prompt, &greedy(golden.greedy.len()), (), |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(generation.tokens, golden.greedy, "{}", golden.name);
+        assert_eq!(generation.finish_reason, FinishReason::Length);
+        assert_eq!(golden.greedy.len(), 24);
+    }
+}
+
+#[test]
+fn no_cut_of_the_tokens_changes_a_bit() {
+    for golden in Golden::all() {
+        let model = golden.model(WeightDtype::Auto);
+        let (ids, vocab) = (&golden.ids[0], model.config().vocab_size);
+        let whole = all_logits(&model, ids);
+        for chunk in [1, 2, 3, 7, 16] {
+            let mut session = Session::new(&model, ids.len()).unwrap();
+            let mut pieces = Vec::new();
+            for piece in ids.chunks(chunk) {
+                pieces.extend(session.logits_for(piece, piece.len()).unwrap());
+            }
+            assert!(pieces == whole, "{} in chunks of {chunk}", golden.name);
+        }
+        let mut session = Session::new(&model, ids.len()).unwrap();
+        for (position, &id) in ids.iter().enumerate() {
+            assert!(session.decode(id).unwrap() == &whole[position * vocab..(position + 1) * vocab], "{} at {position}", golden.name);
+        }
+    }
+}
+
+/// Longer than a prefill chunk and than the first capacity of the cache, so both boundaries are crossed, at different places.
+#[test]
+fn long_prompts_cross_chunks_and_cache_growth_without_changing_a_bit() {
+    for name in ["dense_untied_gqa", "moe_k2"] {
+        let golden = Golden::named(name);
+        let model = golden.model(WeightDtype::Auto);
+        let limit = model.config().max_position_embeddings;
+        let ids: Vec<u32> = (0..limit.min(700) as u32).map(|i| 1 + i * 31 % 90).collect();
+        let last = 40;
+        let mut session = Session::new(&model, ids.len()).unwrap();
+        let whole = session.logits_for(&ids, last).unwrap();
+        let mut session = Session::new(&model, ids.len()).unwrap();
+        session.prefill(&ids[..100]).unwrap();
+        session.prefill(&ids[100..ids.len() - last]).unwrap();
+        let mut pieces = Vec::new();
+        for &id in &ids[ids.len() - last..] {
+            pieces.extend_from_slice(session.decode(id).unwrap());
+        }
+        assert!(whole == pieces, "{name}");
+    }
+}
+
+#[test]
+fn a_kept_prefix_changes_nothing() {
+    let golden = Golden::named("moe_k6");
+    let model = golden.model(WeightDtype::Auto);
+    let mut session = Session::new(&model, 64).unwrap();
+    let params = greedy(8);
+    let first = generate_in(&mut session, &golden.prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(first.timings.cached_tokens, 0);
+    // The next turn: prompt, answer, and something new.
+    let mut prompt = golden.prompt.clone();
+    prompt.extend(&first.tokens);
+    prompt.extend([5, 9]);
+    let fresh = generate(&model, &prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    let kept = generate_in(&mut session, &prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(kept.tokens, fresh.tokens);
+    // The last token of an answer was chosen but never run.
+    assert_eq!(kept.timings.cached_tokens, golden.prompt.len() + first.tokens.len() - 1);
+    // The same prompt again, of which all but the last token is known; then one that differs early.
+    let again = generate_in(&mut session, &prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!((again.tokens, again.timings.cached_tokens), (fresh.tokens, prompt.len() - 1));
+    let back = generate_in(&mut session, &golden.prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(back.tokens, first.tokens);
+}
+
+/// A model saved as bf16 and one rounded to bf16 while loading are the same model, and near the f32 one; 8-bit weights are dequantised.
+#[test]
+fn rounded_copies_stay_near() {
+    for name in ["dense_tied", "moe_k2", "moe_bias_mqa"] {
+        let golden = Golden::named(name);
+        let original = golden.checkpoint();
+        let tensors = || {
+            original.names().map(|name| {
+                let tensor = original.tensor(name).unwrap();
+                (name.to_owned(), tensor.shape.clone(), Cow::Owned(tensor.to_f32().unwrap()))
+            })
+        };
+        let ids = &golden.ids[0];
+        let exact = all_logits(&golden.model(WeightDtype::F32), ids);
+        let spread = exact.iter().fold(0.0f32, |a, l| a.max(l.abs()));
+        let rounded = all_logits(&golden.model(WeightDtype::Bf16), ids);
+
+        for (dtype, share) in [(SaveDtype::Bf16, 0.1), (SaveDtype::Int8PerChannel, 0.15)] {
+            let dir = tempfile::tempdir().unwrap();
+            save(dir.path(), original.config(), tensors(), &SaveOptions { dtype, ..SaveOptions::default() }).unwrap();
+            let copy = Checkpoint::open(dir.path()).unwrap();
+            let logits = all_logits(&Model::load(&copy).unwrap(), ids);
+            if dtype == SaveDtype::Bf16 {
+                assert!(logits == rounded, "{name}: bf16 on disk and in memory differ");
+                assert_eq!(logits, all_logits(&Model::load_as(&copy, WeightDtype::F32).unwrap(), ids), "widening is exact");
+            }
+            // Only the median is near: where rounding changes the choice of an expert, a token's logits change altogether.
+            let mut differences: Vec<f32> = logits.iter().zip(&exact).map(|(a, b)| (a - b).abs()).collect();
+            differences.sort_by(f32::total_cmp);
+            let median = differences[differences.len() / 2];
+            assert!(median > 0.0 && median < share * spread, "{name} as {dtype:?}: median difference {median}, logits up to {spread}");
+        }
+    }
+}
+
+#[test]
+fn sampled_tokens_depend_on_the_seed_alone() {
+    let golden = Golden::named("dense_tied");
+    let model = golden.model(WeightDtype::Auto);
+    let run = |seed| {
+        let params = SamplingParams { seed, temperature: 1.5, max_tokens: 20, ignore_eos: true, ..SamplingParams::default() };
+        generate(&model, &golden.prompt, &params, (), |_| ControlFlow::Continue(())).unwrap().tokens
+    };
+    assert_eq!(run(1), run(1));
+    assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn what_cannot_be_run_is_refused_with_its_reason() {
+    let golden = Golden::named("dense_tied");
+    let model = golden.model(WeightDtype::Auto);
+    let vocab_size = model.config().vocab_size;
+    let run = |prompt: &[u32], params: &SamplingParams| generate(&model, prompt, params, (), |_| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(run(&[], &greedy(1)), Error::EmptyPrompt));
+    match run(&[1, vocab_size as u32], &greedy(1)) {
+        Error::UnknownToken { position: 1, id, vocab_size: size } => assert_eq!((id as usize, size), (vocab_size, vocab_size)),
+        other => panic!("{other}"),
+    }
+    let limit = model.config().max_position_embeddings;
+    assert!(matches!(run(&vec![1; limit + 1], &greedy(1)), Error::ContextLength { needed, limit: l } if (needed, l) == (limit + 1, limit)));
+    assert!(matches!(run(&[1], &greedy(0)), Error::Parameter { field: "max_tokens", .. }));
+    assert!(matches!(Session::new(&model, 0).unwrap_err(), Error::Parameter { field: "max_len", .. }));
+    assert!(matches!(Session::new(&model, limit + 1).unwrap_err(), Error::ContextLength { .. }));
+
+    let mut session = Session::new(&model, 4).unwrap();
+    session.prefill(&[1, 2, 3]).unwrap();
+    assert!(matches!(session.prefill(&[4, 5]).unwrap_err(), Error::ContextLength { needed: 5, limit: 4 }));
+    assert_eq!(session.ids(), [1, 2, 3], "a refusal leaves the session as it was");
+    assert!(matches!(session.logits_for(&[4], 2).unwrap_err(), Error::Parameter { field: "last", .. }));
+    assert!(matches!(session.logits_for(&[4], 0).unwrap_err(), Error::Parameter { field: "last", .. }));
+    session.decode(4).unwrap();
+    assert!(matches!(session.decode(4).unwrap_err(), Error::ContextLength { .. }));
+}
+
+#[test]
+fn the_end_of_the_context_ends_a_generation() {
+    let golden = Golden::named("dense_tied");
+    let model = golden.model(WeightDtype::Auto);
+    let mut session = Session::new(&model, golden.prompt.len() + 3).unwrap();
+    let generation = generate_in(&mut session, &golden.prompt, &greedy(100), (), |_| ControlFlow::Continue(())).unwrap();
+    // Three more tokens are run; the one after them is still known.
+    assert_eq!(generation.tokens, golden.greedy[..4]);
+    assert_eq!(generation.finish_reason, FinishReason::Length);
+}
