@@ -1,6 +1,7 @@
 //! What ends a generation, and what the callback sees until then.
 use std::ops::ControlFlow;
 
+use ernie_checkpoint::SaveDtype;
 use ernie_engine::{FinishReason, Generation, Model, SamplingParams, TextDecoder, WeightDtype, generate};
 
 use crate::golden::Golden;
@@ -99,20 +100,11 @@ fn every_stop_string_gives_the_text_before_it() {
 #[test]
 fn the_end_of_sequence_token_ends_unless_ignored() {
     let golden = Golden::named("dense_tied");
-    let checkpoint = golden.checkpoint();
     // A copy of the model whose end-of-sequence token is its fourth greedy token.
     let end = golden.greedy[3];
     let first = golden.greedy.iter().position(|&id| id == end).unwrap();
-    let mut config = checkpoint.config().clone();
-    config.eos_token_id = vec![end];
-    let dir = tempfile::tempdir().unwrap();
-    let tensors = checkpoint.names().map(|name| {
-        let tensor = checkpoint.tensor(name).unwrap();
-        (name.to_owned(), tensor.shape.clone(), std::borrow::Cow::Owned(tensor.to_f32().unwrap()))
-    });
-    let options = ernie_checkpoint::SaveOptions { dtype: ernie_checkpoint::SaveDtype::F32, ..Default::default() };
-    ernie_checkpoint::save(dir.path(), &config, tensors, &options).unwrap();
-    let model = Model::load(&ernie_checkpoint::Checkpoint::open(dir.path()).unwrap()).unwrap();
+    let copy = golden.copy(SaveDtype::F32, |config| config.eos_token_id = vec![end]);
+    let model = Model::load(&copy).unwrap();
     let generation = run(&model, &golden, &greedy());
     assert_eq!((generation.finish_reason, &generation.tokens[..]), (FinishReason::Stop, &golden.greedy[..=first]));
     let generation = run(&model, &golden, &SamplingParams { ignore_eos: true, ..greedy() });

@@ -1,7 +1,8 @@
 //! What transformers computed for tiny random models (see testdata/README.md), and their weights.
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use ernie_checkpoint::Checkpoint;
+use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, save};
 use ernie_engine::{Model, WeightDtype};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -63,6 +64,20 @@ impl Golden {
 
     pub fn checkpoint(&self) -> Checkpoint {
         Checkpoint::open(&self.dir).unwrap_or_else(|error| panic!("{}: {error}", self.name))
+    }
+
+    /// A copy of the checkpoint with another config or in another type.
+    pub fn copy(&self, dtype: SaveDtype, change: impl FnOnce(&mut Config)) -> Checkpoint {
+        let original = self.checkpoint();
+        let mut config = original.config().clone();
+        change(&mut config);
+        let tensors = original.names().map(|name| {
+            let tensor = original.tensor(name).unwrap();
+            (name.to_owned(), tensor.shape.clone(), Cow::Owned(tensor.to_f32().unwrap()))
+        });
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &config, tensors, &SaveOptions { dtype, ..SaveOptions::default() }).unwrap();
+        Checkpoint::open(dir.path()).unwrap()
     }
 
     pub fn model(&self, dtype: WeightDtype) -> Model {

@@ -1,8 +1,7 @@
 //! The engine against transformers, and against itself under other cuts of the same tokens.
-use std::borrow::Cow;
 use std::ops::ControlFlow;
 
-use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions, save};
+use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, save};
 use ernie_engine::{Error, FinishReason, Model, SamplingParams, Session, WeightDtype, generate, generate_in};
 
 use crate::golden::{Golden, max_difference};
@@ -65,9 +64,8 @@ fn no_cut_of_the_tokens_changes_a_bit() {
 fn long_prompts_cross_chunks_and_cache_growth_without_changing_a_bit() {
     for name in ["dense_untied_gqa", "moe_k2"] {
         let golden = Golden::named(name);
-        let model = golden.model(WeightDtype::Auto);
-        let limit = model.config().max_position_embeddings;
-        let ids: Vec<u32> = (0..limit.min(700) as u32).map(|i| 1 + i * 31 % 90).collect();
+        let model = Model::load(&golden.copy(SaveDtype::F32, |config| config.max_position_embeddings = 1024)).unwrap();
+        let ids: Vec<u32> = (0..700).map(|i| 1 + i * 31 % 90).collect();
         let last = 40;
         let mut session = Session::new(&model, ids.len()).unwrap();
         let whole = session.logits_for(&ids, last).unwrap();
@@ -111,22 +109,13 @@ fn a_kept_prefix_changes_nothing() {
 fn rounded_copies_stay_near() {
     for name in ["dense_tied", "moe_k2", "moe_bias_mqa"] {
         let golden = Golden::named(name);
-        let original = golden.checkpoint();
-        let tensors = || {
-            original.names().map(|name| {
-                let tensor = original.tensor(name).unwrap();
-                (name.to_owned(), tensor.shape.clone(), Cow::Owned(tensor.to_f32().unwrap()))
-            })
-        };
         let ids = &golden.ids[0];
         let exact = all_logits(&golden.model(WeightDtype::F32), ids);
         let spread = exact.iter().fold(0.0f32, |a, l| a.max(l.abs()));
         let rounded = all_logits(&golden.model(WeightDtype::Bf16), ids);
 
         for (dtype, share) in [(SaveDtype::Bf16, 0.1), (SaveDtype::Int8PerChannel, 0.15)] {
-            let dir = tempfile::tempdir().unwrap();
-            save(dir.path(), original.config(), tensors(), &SaveOptions { dtype, ..SaveOptions::default() }).unwrap();
-            let copy = Checkpoint::open(dir.path()).unwrap();
+            let copy = golden.copy(dtype, |_| {});
             let logits = all_logits(&Model::load(&copy).unwrap(), ids);
             if dtype == SaveDtype::Bf16 {
                 assert!(logits == rounded, "{name}: bf16 on disk and in memory differ");
@@ -189,4 +178,19 @@ fn the_end_of_the_context_ends_a_generation() {
     // Three more tokens are run; the one after them is still known.
     assert_eq!(generation.tokens, golden.greedy[..4]);
     assert_eq!(generation.finish_reason, FinishReason::Length);
+}
+
+#[test]
+fn a_vision_language_checkpoint_is_refused_by_name() {
+    let file = Golden::named("dense_tied").dir.with_file_name("vl_moe_flat").join("config.json");
+    let config = Config::from_file(&file).unwrap();
+    let tensors = config.tensor_specs().into_iter().filter(|spec| spec.required).map(|spec| {
+        let zeros = vec![0.0; spec.shape.iter().product()];
+        (spec.name, spec.shape, zeros.into())
+    });
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &config, tensors, &SaveOptions::default()).unwrap();
+    let error = Model::load(&Checkpoint::open(dir.path()).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("vision-language"), "{error}");
 }
