@@ -61,12 +61,12 @@ pub struct Sample {
     text: String,
 }
 
-/// Generates the samples with the weights in `dir`: one for each prompt, the first that comes.
+/// Generates the samples with the weights in `dir`: one for each prompt that leaves room in the model's context, the first that comes.
 pub fn samples(dir: &Path) -> anyhow::Result<Vec<Sample>> {
     let model = Model::load(&Checkpoint::open(dir)?)?;
     let tokenizer = Tokenizer::from_dir(dir)?;
     let template = ChatTemplate::from_dir(dir)?.unwrap_or_else(ChatTemplate::builtin);
-    let sample = |(index, (chat, prompt)): (usize, (bool, &'static str))| {
+    let sample = |(index, (chat, prompt)): (usize, (bool, &'static str))| -> anyhow::Result<Option<Sample>> {
         let seed = index as u64 + 1;
         let mut params =
             SamplingParams { temperature: TEMPERATURE, top_p: TOP_P, max_tokens: MAX_TOKENS, seed, ..SamplingParams::default() };
@@ -76,11 +76,14 @@ pub fn samples(dir: &Path) -> anyhow::Result<Vec<Sample>> {
         } else {
             tokenizer.encode(prompt, true)?
         };
+        if ids.len() >= model.config().max_position_embeddings {
+            return Ok(None);
+        }
         let decoder = StreamDecoder::new(Some(&tokenizer));
         let generation = ernie_engine::generate(&model, &ids, &params, decoder, |_| ControlFlow::Continue(()))?;
-        Ok(Sample { chat, prompt, seed, text: generation.text })
+        Ok(Some(Sample { chat, prompt, seed, text: generation.text }))
     };
-    PROMPTS.into_iter().enumerate().map(sample).collect()
+    PROMPTS.into_iter().enumerate().map(sample).filter_map(Result::transpose).collect()
 }
 
 /// "1 h 32 min", "4 min 10 s", "12 s".

@@ -32,7 +32,7 @@ use crate::sampling::SamplingArguments;
 )]
 pub struct GenerateArguments {
     /// The text to continue; - reads standard input
-    #[arg(required_unless_present = "ids", conflicts_with = "ids", allow_hyphen_values = true)]
+    #[arg(required_unless_present = "ids", conflicts_with = "ids", allow_negative_numbers = true)]
     prompt: Option<String>,
     #[command(flatten)]
     model: ModelArgument,

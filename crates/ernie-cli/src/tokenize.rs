@@ -19,7 +19,7 @@ use crate::model::ModelArgument;
 )]
 pub struct TokenizeArguments {
     /// The text; - reads standard input
-    #[arg(required_unless_present = "decode", conflicts_with = "decode", allow_hyphen_values = true)]
+    #[arg(required_unless_present = "decode", conflicts_with = "decode", allow_negative_numbers = true)]
     text: Option<String>,
     #[command(flatten)]
     model: ModelArgument,

@@ -204,9 +204,6 @@ fn save_as(from: &Path, to: &Path, dtype: ExportDtype) -> anyhow::Result<()> {
         ExportDtype::Bf16 => SaveDtype::Bf16,
         ExportDtype::Int8 => SaveDtype::Int8PerChannel,
     };
-    if let Some(parent) = to.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
     ernie_checkpoint::save(to, checkpoint.config(), tensors, &SaveOptions { dtype, ..SaveOptions::default() })?;
     snapshot::copy_tokenizer(from, to)?;
     Ok(())

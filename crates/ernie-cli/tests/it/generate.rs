@@ -105,9 +105,9 @@ fn stop_ids_end_the_text() {
     let (_dir, model) = model();
     let flags = ["generate", "--ids", "270,300", "--model", &model, "--temperature", "0", "--max-tokens", "10", "--ignore-eos", "--json"];
     let free = ernie(flags).json();
-    let third = free["tokens"][2].to_string();
-    let first_at = free["tokens"].as_array().unwrap().iter().position(|id| id.to_string() == third).unwrap();
-    let stopped = ernie([&flags[..], &["--stop-id", &third]].concat()).json();
+    let third = &free["tokens"][2];
+    let first_at = free["tokens"].as_array().unwrap().iter().position(|id| id == third).unwrap();
+    let stopped = ernie([&flags[..], &["--stop-id", &third.to_string()]].concat()).json();
     assert_eq!(stopped["finish_reason"], "stop");
     assert_eq!(stopped["tokens"].as_array().unwrap()[..], free["tokens"].as_array().unwrap()[..=first_at]);
 }

@@ -24,6 +24,7 @@ fn wrong_command_lines_exit_with_2_and_name_what_is_wrong() {
         (&["fly"], "fly"),
         (&["chat", "--wings"], "--wings"),
         (&["generate"], "PROMPT"),
+        (&["generate", "--wings"], "--wings"),
         (&["generate", "x", "--ids", "3"], "--ids"),
         (&["generate", "--ids", "3,x"], "x"),
         (&["generate", "x", "--temperature", "-1"], "--temperature"),
