@@ -12,7 +12,7 @@ use ernie_train::{TrainOptions, train};
 /// The child's side: set to the bench's folder when this test binary runs itself again.
 const CHILD: &str = "ERNIE_TEST_RESUME_CHILD";
 const KILLS: usize = 20;
-const STEPS: u64 = 150;
+const STEPS: u64 = 240;
 
 #[test]
 fn twenty_kills_change_no_bit() {
@@ -36,7 +36,7 @@ fn twenty_kills_change_no_bit() {
             std::thread::sleep(Duration::from_micros(300));
         }
         random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        std::thread::sleep(Duration::from_micros((random >> 33) % 30_000));
+        std::thread::sleep(Duration::from_micros((random >> 33) % 100_000));
         let finished = child.try_wait().unwrap().is_some();
         child.kill().unwrap();
         child.wait().unwrap();
