@@ -11,6 +11,7 @@ use ernie_kernels::{attention, rope::RopeTable};
 
 /// The feed-forward half of a layer. Its checkpoint name is `mlp` either way.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "Burn has no `Module` for a box, and there is one of these per layer")]
 pub enum FeedForward {
     /// SwiGLU.
     Dense(Mlp),
