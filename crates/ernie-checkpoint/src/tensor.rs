@@ -97,7 +97,7 @@ impl Tensor<'_> {
         readable.then(|| bytemuck::try_cast_slice(&self.bytes).ok()).flatten()
     }
 
-    /// The 8-bit elements with the scale of each row, where they are stored so: weight[r, c] = q[r, c] · scale[r].
+    /// The 8-bit elements with the scale of each row, where they are stored so: `weight[r, c] = q[r, c] · scale[r]`.
     pub fn as_int8(&self) -> Option<(&[i8], &[f32])> {
         (self.dtype == Dtype::I8).then(|| (bytemuck::cast_slice(&self.bytes), self.scales.as_slice()))
     }
