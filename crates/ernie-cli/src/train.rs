@@ -77,7 +77,8 @@ struct Outcomes<'a> {
 pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     let mut recipe = Recipe::from_file(&arguments.recipe)?;
     if let Some(steps) = arguments.steps {
-        (recipe.run.steps, recipe.run.tokens, recipe.export) = (Some(steps), None, None);
+        recipe.set_steps(steps);
+        recipe.export = None;
     }
     if let Some(out) = &arguments.out {
         recipe.run.out = out.clone();

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 use crate::data::sources::Format;
-use crate::schedule::ScheduleConfig;
+use crate::schedule::{Schedule, ScheduleConfig};
 
 /// What is wrong with a recipe.
 #[derive(Debug, thiserror::Error)]
@@ -317,7 +317,8 @@ impl Recipe {
 
     /// Tokens per optimizer step.
     pub fn tokens_per_step(&self) -> u64 {
-        (self.data.sequence_length * self.data.batch_size * self.data.gradient_accumulation) as u64
+        let tokens = (self.data.sequence_length as u64).saturating_mul(self.data.batch_size as u64);
+        tokens.saturating_mul(self.data.gradient_accumulation as u64)
     }
 
     /// Optimizer steps of the run: `run.steps`, or `run.tokens` rounded up to whole steps.
@@ -327,6 +328,13 @@ impl Recipe {
             (None, Some(tokens)) => tokens.div_ceil(self.tokens_per_step().max(1)),
             (None, None) => 0,
         }
+    }
+
+    /// Makes the run `steps` long, keeping its shape: a shorter run warms up for proportionally fewer steps.
+    pub fn set_steps(&mut self, steps: u64) {
+        let before = self.total_steps().max(1);
+        self.schedule.scale_warmup(steps as f64 / before as f64);
+        (self.run.steps, self.run.tokens) = (Some(steps), None);
     }
 
     /// The folder the sources' paths start from: `given` (the `--data` flag), else ERNIE_DATA, else `data.root`.
@@ -357,11 +365,11 @@ impl Recipe {
         let hidden = field("hidden_size").unwrap_or(0);
         let layers = field("num_hidden_layers").unwrap_or(0);
         let feed_forward = match (field("moe_intermediate_size"), field("moe_k")) {
-            (Some(width), Some(k)) => width * (k + field("moe_num_shared_experts").unwrap_or(0)),
-            _ => field("intermediate_size").unwrap_or(4 * hidden),
+            (Some(width), Some(k)) => width.saturating_mul(k.saturating_add(field("moe_num_shared_experts").unwrap_or(0))),
+            _ => field("intermediate_size").unwrap_or(hidden.saturating_mul(4)),
         };
-        let tokens = (self.data.sequence_length * self.data.batch_size) as u64;
-        let per_token_layer = 4 * (12 * hidden + 4 * feed_forward);
+        let tokens = (self.data.sequence_length as u64).saturating_mul(self.data.batch_size as u64);
+        let per_token_layer = hidden.saturating_mul(12).saturating_add(feed_forward.saturating_mul(4)).saturating_mul(4);
         parameters.saturating_mul(16).saturating_add(tokens.saturating_mul(layers).saturating_mul(per_token_layer))
     }
 
@@ -505,9 +513,8 @@ impl Recipe {
                 return Err(invalid(key, format!("{value} is out of range"), format!("give a number from {low:e} to {high:e}")));
             }
         }
-        if self.schedule.warmup_steps() >= self.total_steps() {
-            let problem = format!("{} of {} steps", self.schedule.warmup_steps(), self.total_steps());
-            return Err(invalid("schedule.warmup_steps", problem, "warm up for fewer steps than the run has"));
+        if let Err(error) = Schedule::new(&self.schedule, optimizer.lr, self.total_steps()) {
+            return Err(invalid("schedule", error.to_string(), "or leave [schedule] out for the default"));
         }
         Ok(())
     }

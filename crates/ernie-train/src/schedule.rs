@@ -44,6 +44,14 @@ impl ScheduleConfig {
     }
 }
 
+impl ScheduleConfig {
+    /// Multiplies the warmup by `factor` if that shortens it, rounding down.
+    pub fn scale_warmup(&mut self, factor: f64) {
+        let (Self::Wsd { warmup_steps, .. } | Self::Cosine { warmup_steps, .. } | Self::Constant { warmup_steps }) = self;
+        *warmup_steps = (*warmup_steps as f64 * factor.min(1.0)) as u64;
+    }
+}
+
 /// Why a schedule cannot run. Each message names the recipe's key and both numbers.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ScheduleError {

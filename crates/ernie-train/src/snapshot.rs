@@ -52,8 +52,24 @@ pub struct Position {
     pub seconds: f64,
     /// Where the data is.
     pub data: DataState,
+    /// Steps since the last line of the metrics.
+    #[serde(default)]
+    pub unlogged: Unlogged,
     /// Hash of the recipe's parts that decide the result; a changed recipe must not continue an old run.
     pub recipe: String,
+}
+
+/// Sums over the steps since the last line of the metrics, so that the next line is the same whether or not the run was interrupted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Unlogged {
+    /// Of the steps' mean losses.
+    pub loss: f64,
+    /// Of their tokens.
+    pub tokens: u64,
+    /// Of their seconds.
+    pub seconds: f64,
+    /// How many they are.
+    pub steps: u64,
 }
 
 const MOMENTS: &str = "optimizer.safetensors";
@@ -105,11 +121,12 @@ pub fn write(
     let name = format!("step-{:08}", position.step);
     let (partial, whole) = (root.join(format!(".{name}")), root.join(&name));
     fs::create_dir_all(root).map_err(|source| io(root, source))?;
-    for path in [&partial, &whole] {
-        // A dotted rest of a killed run, or the same step reached again after an older checkpoint was deleted.
-        if path.exists() {
-            fs::remove_dir_all(path).map_err(|source| io(path, source))?;
-        }
+    if whole.exists() {
+        // The run is deterministic: the same step of the same run is the same checkpoint.
+        return Ok(whole);
+    }
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(|source| io(&partial, source))?;
     }
     let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
     ernie_checkpoint::save(&partial, config, tensors, &SaveOptions { dtype: SaveDtype::F32, ..SaveOptions::default() })?;
@@ -121,7 +138,11 @@ pub fn write(
     sync_dir(root)?;
     let steps = list(root)?;
     for (_, old) in steps.iter().rev().skip(keep_last.max(1)) {
-        fs::remove_dir_all(old).map_err(|source| io(old, source))?;
+        // Under a dotted name first, so that a kill in the middle of the deletion leaves no half checkpoint that looks whole.
+        let name = old.file_name().expect("listed by its name").to_string_lossy().into_owned();
+        let doomed = root.join(format!(".{name}.old"));
+        fs::rename(old, &doomed).map_err(|source| io(old, source))?;
+        fs::remove_dir_all(&doomed).map_err(|source| io(&doomed, source))?;
     }
     Ok(whole)
 }

@@ -20,7 +20,7 @@ use crate::{
     recipe::{self, Limits, Recipe},
     routing,
     schedule::{Schedule, ScheduleError},
-    snapshot::{self, Position, Snapshot, SnapshotError},
+    snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
     telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
 };
 use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions};
@@ -57,6 +57,12 @@ pub enum TrainError {
         out.display()
     )]
     OtherRun {
+        /// `run.out`.
+        out: PathBuf,
+    },
+    /// Another process trains into the folder.
+    #[error("another ernie is training into {}; wait for it, stop it, or give `run.out` another folder", out.display())]
+    Busy {
         /// `run.out`.
         out: PathBuf,
     },
@@ -154,7 +160,24 @@ pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, data_root: Option<&Pat
 /// # Errors
 /// If a key or value is not one that the family has.
 pub fn model_config(recipe: &Recipe) -> Result<Config, TrainError> {
-    Ok(Config::from_json(&recipe.model.to_string(), Path::new("[model]"))?)
+    let config = Config::from_json(&recipe.model.to_string(), Path::new("[model]"))?;
+    let refused = |key: String, problem: &str, fix: &str| recipe::Error::Invalid { key, problem: problem.into(), fix: fix.into() };
+    // In a released config.json an unknown key is somebody else's; in a recipe it is a misspelt one.
+    if let Some(key) = config.extra.keys().find(|key| *key != "ernie_rs" && !key.starts_with('_')) {
+        return Err(refused(format!("model.{key}"), "the family has no such key", "correct its spelling or remove it").into());
+    }
+    let ids = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)].into_iter();
+    let ids = ids.filter_map(|(key, id)| Some((key, id?))).chain(config.eos_token_id.iter().map(|&id| ("eos_token_id", id)));
+    for (key, id) in ids {
+        if id as usize >= config.vocab_size {
+            return Err(refused(format!("model.{key}"), &format!("{id} is not below vocab_size"), "give an id of the vocabulary").into());
+        }
+    }
+    if config.num_nextn_predict_layers > 1 {
+        let problem = "more than one prediction block cannot be trained yet";
+        return Err(refused("model.num_nextn_predict_layers".into(), problem, "give 0 or 1").into());
+    }
+    Ok(config)
 }
 
 struct Trainer<'a> {
@@ -169,16 +192,8 @@ struct Trainer<'a> {
     optimizer: AdamW,
     position: Position,
     telemetry: Telemetry,
-    /// Of the steps since the last log line.
-    pending: Pending,
-}
-
-#[derive(Default)]
-struct Pending {
-    loss: f64,
-    tokens: u64,
-    seconds: f64,
-    steps: u64,
+    /// Held for as long as the run goes, so that no other process trains into the same folder.
+    _lock: std::fs::File,
 }
 
 /// What one optimizer step saw, over all its micro-batches.
@@ -202,6 +217,7 @@ impl<'a> Trainer<'a> {
             let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         }
         std::fs::create_dir_all(&recipe.run.out).map_err(|source| TrainError::Io { path: recipe.run.out.clone(), source })?;
+        let lock = lock(&recipe.run.out)?;
         let quiet = options.quiet;
         let prepared = data::prepare(recipe, &root, &mut |doing| {
             if !quiet {
@@ -230,7 +246,14 @@ impl<'a> Trainer<'a> {
             }
             None => {
                 let packer = Packer::new(prepared.corpus.clone(), seed, rows, length);
-                let position = Position { step: 0, tokens: 0, seconds: 0.0, data: packer.state().clone(), recipe: fingerprint };
+                let position = Position {
+                    step: 0,
+                    tokens: 0,
+                    seconds: 0.0,
+                    data: packer.state().clone(),
+                    unlogged: Unlogged::default(),
+                    recipe: fingerprint,
+                };
                 (Ernie::init(&config, &device, seed), packer, position)
             }
         };
@@ -250,7 +273,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             position,
             telemetry,
-            pending: Pending::default(),
+            _lock: lock,
         })
     }
 
@@ -278,19 +301,20 @@ impl<'a> Trainer<'a> {
         self.position.tokens += tokens;
         self.position.seconds += seconds;
         self.position.data = self.packer.state().clone();
-        self.pending.loss += outcome.cross_entropy;
-        self.pending.tokens += tokens;
-        self.pending.seconds += seconds;
-        self.pending.steps += 1;
+        let unlogged = &mut self.position.unlogged;
+        unlogged.loss += outcome.cross_entropy;
+        unlogged.tokens += tokens;
+        unlogged.seconds += seconds;
+        unlogged.steps += 1;
         if step.is_multiple_of(self.recipe.run.log_every) || step == self.total_steps || step == 1 {
-            let pending = std::mem::take(&mut self.pending);
+            let logged = std::mem::take(&mut self.position.unlogged);
             self.telemetry.step(&StepMetrics {
                 step,
                 tokens: self.position.tokens,
-                loss: pending.loss / pending.steps as f64,
+                loss: logged.loss / logged.steps as f64,
                 lr,
                 grad_norm: norm,
-                tok_s: pending.tokens as f64 / pending.seconds,
+                tok_s: logged.tokens as f64 / logged.seconds,
                 extra: outcome.extra,
             })?;
         }
@@ -386,6 +410,18 @@ pub fn export(dir: &Path, config: &Config, model: &Ernie, tokenizer_dir: &Path, 
     let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
     ernie_checkpoint::save(dir, config, tensors, &SaveOptions { dtype, ..SaveOptions::default() })?;
     Ok(snapshot::copy_tokenizer(tokenizer_dir, dir)?)
+}
+
+/// Takes the run's folder for this process. The operating system gives it back when the process ends, however it ends.
+fn lock(out: &Path) -> Result<std::fs::File, TrainError> {
+    let path = out.join(".lock");
+    let io = |source| TrainError::Io { path: path.clone(), source };
+    let file = std::fs::File::create(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(TrainError::Busy { out: out.to_path_buf() }),
+        Err(std::fs::TryLockError::Error(source)) => Err(io(source)),
+    }
 }
 
 fn checkpoints(recipe: &Recipe) -> PathBuf {

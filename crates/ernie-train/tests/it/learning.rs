@@ -3,18 +3,14 @@ use std::{fs, path::Path, sync::atomic::Ordering};
 
 use super::run::{Bench, bits};
 use ernie_checkpoint::{Checkpoint, Tokenizer};
-use ernie_train::{Recipe, TrainError, TrainOptions, evaluate, train};
-
-fn quiet() -> TrainOptions {
-    TrainOptions { quiet: true, ..TrainOptions::default() }
-}
+use ernie_train::{Recipe, TrainError, evaluate, train};
 
 #[test]
 fn a_run_learns_and_leaves_its_records() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path());
     let recipe = bench.recipe("run", 60);
-    let report = train(&recipe, &quiet()).unwrap();
+    let report = train(&recipe, &bench.options()).unwrap();
     assert!(report.finished);
     assert_eq!((report.steps, report.tokens), (60, 60 * 2 * 4 * 32));
 
@@ -40,20 +36,21 @@ fn a_run_learns_and_leaves_its_records() {
     let tokenizer = Tokenizer::from_dir(&model).unwrap();
     let ids = tokenizer.encode("the cat likes 花.", false).unwrap();
     assert_eq!(tokenizer.decode(&ids, false), "the cat likes 花.");
-    assert_eq!(evaluate(&recipe, &checkpoint, None).unwrap(), report.validation);
+    assert_eq!(evaluate(&recipe, &checkpoint, Some(&bench.root.join("data"))).unwrap(), report.validation);
     assert!(report.validation[0].1 < 0.6 * losses[0]);
 
     // A finished run is left as it is.
     let before = bits(&model);
-    assert!(train(&recipe, &quiet()).unwrap().finished);
+    assert!(train(&recipe, &bench.options()).unwrap().finished);
     assert_eq!(bits(&model), before);
 }
 
 #[test]
 fn the_correction_bias_moves_by_whole_rates_and_stays_out_of_the_gradient() {
     let dir = tempfile::tempdir().unwrap();
-    let recipe = Bench::new(dir.path()).recipe("run", 8);
-    let report = train(&recipe, &quiet()).unwrap();
+    let bench = Bench::new(dir.path());
+    let recipe = bench.recipe("run", 8);
+    let report = train(&recipe, &bench.options()).unwrap();
     let checkpoint = Checkpoint::open(&report.model_dir).unwrap();
     let bias = checkpoint.tensor("model.layers.1.mlp.moe_statics.e_score_correction_bias").unwrap().to_f32().unwrap();
     assert!(bias.iter().any(|&b| b != 0.0));
@@ -67,10 +64,10 @@ fn the_correction_bias_moves_by_whole_rates_and_stays_out_of_the_gradient() {
 fn a_stopped_run_goes_on_to_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path());
-    let whole = train(&bench.recipe("whole", 20), &quiet()).unwrap();
+    let whole = train(&bench.recipe("whole", 20), &bench.options()).unwrap();
 
     let recipe = bench.recipe("stopped", 20);
-    let options = quiet();
+    let options = bench.options();
     let stop = options.stop.clone();
     let watched = dir.path().join("stopped/metrics.jsonl");
     let watcher = std::thread::spawn(move || {
@@ -82,20 +79,56 @@ fn a_stopped_run_goes_on_to_the_same_bits() {
     let first = train(&recipe, &options).unwrap();
     watcher.join().unwrap();
     assert!(!first.finished && first.steps < 20, "stopped after {} steps", first.steps);
-    let second = train(&recipe, &quiet()).unwrap();
+    let second = train(&recipe, &bench.options()).unwrap();
     assert!(second.finished);
     assert_eq!(bits(&second.model_dir), bits(&whole.model_dir));
     assert_eq!(second.validation, whole.validation);
 }
 
 #[test]
+fn metrics_are_the_same_after_a_stop_between_two_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let losses = |run: &str| {
+        let text = fs::read_to_string(dir.path().join(run).join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter(|line| line["kind"] == "train").map(|line| line["loss"].to_string()).collect::<Vec<_>>()
+    };
+    let recipe = |out: &str| {
+        let mut recipe = bench.recipe(out, 12);
+        recipe.run.log_every = 5;
+        recipe
+    };
+    train(&recipe("whole"), &bench.options()).unwrap();
+    // As if killed between the lines of steps 5 and 10: the newest checkpoint is that of step 9.
+    let cut = recipe("cut");
+    train(&cut, &bench.options()).unwrap();
+    fs::remove_dir_all(dir.path().join("cut/checkpoints/step-00000012")).unwrap();
+    train(&cut, &bench.options()).unwrap();
+    assert_eq!(losses("cut"), losses("whole"));
+}
+
+#[test]
+fn two_processes_do_not_train_into_one_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    fs::create_dir_all(dir.path().join("run")).unwrap();
+    let held = fs::File::create(dir.path().join("run/.lock")).unwrap();
+    held.lock().unwrap();
+    let error = train(&bench.recipe("run", 4), &bench.options()).unwrap_err();
+    assert!(matches!(error, TrainError::Busy { .. }), "{error}");
+    drop(held);
+    assert!(train(&bench.recipe("run", 4), &bench.options()).unwrap().finished);
+}
+
+#[test]
 fn another_recipe_does_not_continue_a_run() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path());
-    train(&bench.recipe("run", 4), &quiet()).unwrap();
+    train(&bench.recipe("run", 4), &bench.options()).unwrap();
     let mut other = bench.recipe("run", 4);
     other.optimizer.lr *= 2.0;
-    let error = train(&other, &quiet()).unwrap_err();
+    let error = train(&other, &bench.options()).unwrap_err();
     assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
     assert!(error.to_string().contains("run.out"));
 }
@@ -104,7 +137,12 @@ fn another_recipe_does_not_continue_a_run() {
 fn what_cannot_train_is_refused_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path());
-    let cases: [(&str, &str, &str); 6] = [
+    let cases: [(&str, &str, &str); 11] = [
+        ("use_bias = false", "use_bais = false", "use_bais"),
+        ("eos_token_id = 2", "eos_token_id = 9999", "eos_token_id"),
+        ("num_nextn_predict_layers = 1", "num_nextn_predict_layers = 2", "num_nextn_predict_layers"),
+        ("batch_size = 4", "batch_size = 288230376151711744", "gradient_accumulation"),
+        ("decay_fraction = 0.25", "decay_fraction = 0.95", "schedule"),
         ("lr = 5e-3", "learning_rate = 5e-3", "lr"),
         ("\"corpus.txt\"", "\"missing.txt\"", "missing.txt"),
         ("batch_size = 4", "batch_size = 400000000", "gradient_accumulation"),
@@ -117,22 +155,23 @@ fn what_cannot_train_is_refused_before_anything_is_written() {
         assert!(toml.contains(from), "{from}");
         let error = match Recipe::from_toml(&toml.replacen(from, to, 1), Path::new("recipe.toml")) {
             Err(error) => error.to_string(),
-            Ok(recipe) => train(&recipe, &quiet()).unwrap_err().to_string(),
+            Ok(recipe) => train(&recipe, &bench.options()).unwrap_err().to_string(),
         };
         assert!(error.contains(named), "{to}: the message does not name {named}: {error}");
         assert!(!dir.path().join("refused/checkpoints").exists() && !dir.path().join("refused/metrics.jsonl").exists(), "{to}");
     }
     fs::write(dir.path().join("data/empty.txt"), "").unwrap();
     let recipe = Recipe::from_toml(&bench.toml("refused", 10).replacen("corpus.txt", "empty.txt", 1), Path::new("r")).unwrap();
-    let error = train(&recipe, &quiet()).unwrap_err().to_string();
+    let error = train(&recipe, &bench.options()).unwrap_err().to_string();
     assert!(error.contains("empty") && error.contains("grammar"), "{error}");
 }
 
 #[test]
 fn a_diverging_run_stops_with_advice() {
     let dir = tempfile::tempdir().unwrap();
-    let toml = Bench::new(dir.path()).toml("diverging", 200).replacen("lr = 5e-3", "lr = 9.0\nclip_norm = 0.0\nweight_decay = 9.0", 1);
-    let error = train(&Recipe::from_toml(&toml, Path::new("r")).unwrap(), &quiet()).unwrap_err();
+    let bench = Bench::new(dir.path());
+    let toml = bench.toml("diverging", 200).replacen("lr = 5e-3", "lr = 9.0\nclip_norm = 0.0\nweight_decay = 9.0", 1);
+    let error = train(&Recipe::from_toml(&toml, Path::new("r")).unwrap(), &bench.options()).unwrap_err();
     assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
     assert!(error.to_string().contains("optimizer.lr"));
 }

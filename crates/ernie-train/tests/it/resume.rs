@@ -7,23 +7,23 @@ use std::{
 };
 
 use super::run::{Bench, bits};
-use ernie_train::{TrainOptions, train};
+use ernie_train::train;
 
 /// The child's side: set to the bench's folder when this test binary runs itself again.
 const CHILD: &str = "ERNIE_TEST_RESUME_CHILD";
 const KILLS: usize = 20;
-const STEPS: u64 = 240;
+const STEPS: u64 = 300;
 
 #[test]
 fn twenty_kills_change_no_bit() {
     if let Some(root) = std::env::var_os(CHILD) {
         let bench = Bench { root: root.into() };
-        train(&bench.recipe("killed", STEPS), &TrainOptions { quiet: true, ..TrainOptions::default() }).unwrap();
+        train(&bench.recipe("killed", STEPS), &bench.options()).unwrap();
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path());
-    let whole = train(&bench.recipe("whole", STEPS), &TrainOptions { quiet: true, ..TrainOptions::default() }).unwrap();
+    let whole = train(&bench.recipe("whole", STEPS), &bench.options()).unwrap();
 
     // Delays spread over several checkpoint intervals; drawn from the process id, so that each run of the test tries other instants.
     let mut random = std::process::id() as u64 | 1;
@@ -36,7 +36,7 @@ fn twenty_kills_change_no_bit() {
             std::thread::sleep(Duration::from_micros(300));
         }
         random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        std::thread::sleep(Duration::from_micros((random >> 33) % 100_000));
+        std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
         let finished = child.try_wait().unwrap().is_some();
         child.kill().unwrap();
         child.wait().unwrap();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use ernie_checkpoint::Checkpoint;
-use ernie_train::Recipe;
+use ernie_train::{Recipe, TrainOptions};
 
 /// A folder with a corpus, and where runs may go.
 pub struct Bench {
@@ -36,6 +36,11 @@ impl Bench {
         Recipe::from_toml(&self.toml(out, steps), Path::new("test recipe")).unwrap()
     }
 
+    /// Options that read this corpus, whatever ERNIE_DATA says.
+    pub fn options(&self) -> TrainOptions {
+        TrainOptions { quiet: true, data_root: Some(self.root.join("data")), ..TrainOptions::default() }
+    }
+
     pub fn toml(&self, out: &str, steps: u64) -> String {
         let (out, data, cache) = (self.root.join(out), self.root.join("data"), self.root.join("cache"));
         format!(
@@ -63,6 +68,8 @@ num_key_value_heads = 2
 head_dim = 8
 max_position_embeddings = 64
 tie_word_embeddings = true
+use_bias = false
+eos_token_id = 2
 moe_num_experts = 4
 moe_k = 2
 moe_intermediate_size = 16
