@@ -8,7 +8,6 @@ use crate::{chat, generate, inspect, logits, outcome, tokenize, train};
 #[command(
     name = "ernie",
     version,
-    about,
     long_about = "Train, inspect and talk to ERNIE-4.5 language models.\n\n\
         A model is a directory in Hugging Face form: config.json, *.safetensors and tokenizer files. Released ERNIE-4.5 text models \
         and models that this program trained both work. Without --model every command uses the small model built into this program, so \

@@ -2,7 +2,7 @@
 use anyhow::Context;
 use ernie_checkpoint::Message;
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Messages so far. Old turns that no longer fit are left out of the prompt, but stay in what is saved.
 #[derive(Debug, Default)]
@@ -95,14 +95,46 @@ impl Conversation {
         let messages: Vec<_> = self.messages(0).iter().map(|message| json!({"role": message.role, "content": message.content})).collect();
         let mut text = serde_json::to_string_pretty(&json!({"model": model, "messages": messages}))?;
         text.push('\n');
-        ernie_checkpoint::atomic_write(file, text.as_bytes()).context("the conversation is not saved")?;
+        let file = replaceable(file).context("the conversation is not saved")?;
+        ernie_checkpoint::atomic_write(&file, text.as_bytes()).context("the conversation is not saved")?;
         Ok(messages.len())
     }
+}
+
+/// The file that may be written under this name: a new one, or a conversation saved earlier. Anything else (a text, a device, a folder) is
+/// refused, for writing replaces it; a link is followed, so that it stays a link.
+fn replaceable(file: &Path) -> anyhow::Result<PathBuf> {
+    let Ok(metadata) = std::fs::metadata(file) else { return Ok(file.to_path_buf()) };
+    let saved_by_us = || {
+        let text = std::fs::read_to_string(file).ok()?;
+        serde_json::from_str::<serde_json::Value>(&text).ok()?.get("messages")?.as_array().map(|_| ())
+    };
+    if !metadata.is_file() || saved_by_us().is_none() {
+        anyhow::bail!("{} is there already and is not a saved conversation; choose another name", file.display());
+    }
+    file.canonicalize().with_context(|| format!("cannot follow {}", file.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn saving_replaces_conversations_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let conversation = Conversation::new(Some("S".into()));
+        for _ in 0..2 {
+            assert_eq!(conversation.save(&path("talk.json"), "model").unwrap(), 1);
+        }
+        std::fs::write(path("notes.txt"), "precious").unwrap();
+        std::fs::create_dir(path("folder")).unwrap();
+        for name in ["notes.txt", "folder"] {
+            let error = format!("{:#}", conversation.save(&path(name), "model").unwrap_err());
+            assert!(error.contains(name) && error.contains("choose another name"), "{error}");
+        }
+        assert_eq!(std::fs::read_to_string(path("notes.txt")).unwrap(), "precious");
+    }
 
     /// One id per byte, and one more per message.
     fn encode(messages: &[Message]) -> anyhow::Result<Vec<u32>> {
