@@ -253,8 +253,11 @@ impl Moe {
         let moe = config.moe.as_ref().expect("a layer is MoE only by `config.moe`");
         let (h, i, e) = (config.hidden_size, moe.intermediate_size, moe.num_experts);
         let bias_name = format!("{prefix}.moe_statics.e_score_correction_bias");
-        // Routed experts have no biases even where the other projections do.
-        let expert = |index| SwiGlu::load(load, &format!("{prefix}.experts.{index}"), h, i, false);
+        // Code that writes such models disagrees whether routed experts have biases where the other projections do, so the files decide.
+        let expert = |index| {
+            let name = format!("{prefix}.experts.{index}");
+            SwiGlu::load(load, &name, h, i, load.checkpoint.contains(&format!("{name}.gate_proj.bias")))
+        };
         let shared = || SwiGlu::load(load, &format!("{prefix}.shared_experts"), h, i * moe.num_shared_experts, config.use_bias);
         Ok(Moe {
             gate_eh: load.f32(&format!("{prefix}.gate.weight"), &[e, h])?,

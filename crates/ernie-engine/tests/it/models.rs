@@ -1,7 +1,7 @@
 //! The engine against transformers, and against itself under other cuts of the same tokens.
 use std::ops::ControlFlow;
 
-use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, save};
+use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, TensorGroup, save};
 use ernie_engine::{Error, FinishReason, Model, SamplingParams, Session, WeightDtype, generate, generate_in};
 
 use crate::golden::{Golden, max_difference};
@@ -193,4 +193,39 @@ fn a_vision_language_checkpoint_is_refused_by_name() {
     let error = Model::load(&Checkpoint::open(dir.path()).unwrap()).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     assert!(error.to_string().contains("vision-language"), "{error}");
+}
+
+/// The weights of a routed token sum to 1, so one bias of all experts' last projections is that bias of the shared experts' one.
+#[test]
+fn biases_of_routed_experts_count() {
+    let golden = Golden::named("moe_bias_mqa");
+    let original = golden.checkpoint();
+    let mut config = original.config().clone();
+    config.moe.as_mut().unwrap().norm_min = 1e-12;
+    assert!(config.use_bias && config.moe.as_ref().unwrap().num_shared_experts > 0);
+    let logits = |bias_of: &dyn Fn(&str) -> f32| {
+        let specs = config.tensor_specs().into_iter();
+        let specs = specs.filter(|spec| original.contains(&spec.name) || spec.group == TensorGroup::ExpertBias);
+        let tensors = specs.map(|spec| {
+            let mut values = match spec.group {
+                TensorGroup::ExpertBias => vec![0.0; spec.shape.iter().product()],
+                _ => original.tensor(&spec.name).unwrap().to_f32().unwrap(),
+            };
+            let step = bias_of(&spec.name);
+            values.iter_mut().enumerate().for_each(|(i, value)| *value += step * (i % 5) as f32);
+            (spec.name, spec.shape, values.into())
+        });
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &config, tensors, &SaveOptions { dtype: SaveDtype::F32, ..SaveOptions::default() }).unwrap();
+        all_logits(&Model::load(&Checkpoint::open(dir.path()).unwrap()).unwrap(), &golden.ids[0])
+    };
+    let none = logits(&|_| 0.0);
+    let routed = logits(&|name| if name.contains(".experts.") && name.ends_with("down_proj.bias") { 0.1 } else { 0.0 });
+    let shared = logits(&|name| if name.ends_with("shared_experts.down_proj.bias") { 0.1 } else { 0.0 });
+    assert!(max_difference(&routed, &none) > 1e-2, "the biases change nothing");
+    assert!(max_difference(&routed, &shared) < 1e-4, "they differ by {}", max_difference(&routed, &shared));
+    for part in ["gate_proj.bias", "up_proj.bias"] {
+        let with = logits(&|name| if name.contains(".experts.") && name.ends_with(part) { 0.1 } else { 0.0 });
+        assert!(max_difference(&with, &none) > 1e-3, "{part} changes nothing");
+    }
 }
