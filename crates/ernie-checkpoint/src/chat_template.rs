@@ -10,6 +10,7 @@ use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior};
 use serde_json::Value as Json;
 
+use crate::files;
 use crate::tokenizer::{SpecialTokens, TokenizerError};
 
 /// The text template of the released ERNIE-4.5 models. Stop at `sep_token`, which is also the end-of-text token.
@@ -269,11 +270,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 fn find_source(dir: &Path) -> Result<Option<(String, PathBuf)>, ChatTemplateError> {
-    let read = |path: &Path| match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Io { path: path.into(), source }),
-    };
+    let read = |path: &Path| TokenizerError::if_there(path, files::read_text(path, files::MAX_TEXT_BYTES));
     let path = dir.join("chat_template.jinja");
     if let Some(source) = read(&path)? {
         return Ok(Some((source, path)));

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::atomic::{AtomicFile, TEMPORARY_PREFIX, atomic_write, sync_directory};
 use crate::error::{Error, Result};
+use crate::files::{self, ReadError};
 use crate::shards::{INDEX, SINGLE};
 
 const JOURNAL: &str = ".ernie-save.json";
@@ -102,7 +103,8 @@ pub(crate) fn finish_and_lock(dir: &Path) -> Result<Option<File>> {
 /// Locks the directory itself; `None` where the file system or the system has no such locks. Then only readers that
 /// open during the few renames of a commit are unprotected; crashes are covered by the journal either way.
 fn lock(dir: &Path, exclusive: bool) -> Option<File> {
-    let handle = File::open(dir).ok()?;
+    // Opening a named pipe waits for a writer; what is no directory is refused when it is read.
+    let handle = dir.is_dir().then(|| File::open(dir).ok())??;
     let locked = if exclusive { handle.lock() } else { handle.lock_shared() };
     locked.is_ok().then_some(handle)
 }
@@ -110,9 +112,9 @@ fn lock(dir: &Path, exclusive: bool) -> Option<File> {
 /// Carries out the journal. Every step may have been done before, by a process that was killed.
 fn finish(dir: &Path) -> Result<()> {
     let path = dir.join(JOURNAL);
-    let text = match fs::read(&path) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        read => read.map_err(Error::io(&path, "read"))?,
+    let text = match files::read(&path, files::MAX_TEXT_BYTES) {
+        Err(ReadError::Io(e)) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        read => read.map_err(Error::reading(&path))?,
     };
     let interrupted = |reason: String| Error::InterruptedSave { file: path.clone(), reason };
     let journal: Journal = serde_json::from_slice(&text).map_err(|e| interrupted(e.to_string()))?;

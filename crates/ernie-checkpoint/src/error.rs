@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use crate::files::ReadError;
+
 /// Shorthand for results of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -19,6 +21,24 @@ pub enum Error {
         action: &'static str,
         /// The system's own reason.
         source: std::io::Error,
+    },
+    /// Something that is not a file stands under a file's name.
+    #[error("{}: expected a regular file, got {got}; put the file itself there", file.display())]
+    NotRegular {
+        /// The path.
+        file: PathBuf,
+        /// What it is: a directory, a named pipe, ….
+        got: &'static str,
+    },
+    /// A config or an index larger than any real one.
+    #[error("{}: expected at most {limit} bytes, got at least {size}; this is not the file its name says", file.display())]
+    FileTooLarge {
+        /// The file.
+        file: PathBuf,
+        /// Bytes that it has at least.
+        size: u64,
+        /// Bytes that it may have.
+        limit: u64,
     },
     /// The directory holds neither `model.safetensors` nor `model.safetensors.index.json`.
     #[error(
@@ -318,5 +338,15 @@ impl Error {
     pub(crate) fn io(file: impl Into<PathBuf>, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         let file = file.into();
         move |source| Self::Io { file, action, source }
+    }
+
+    /// Names the file that was not read.
+    pub(crate) fn reading(file: impl Into<PathBuf>) -> impl FnOnce(ReadError) -> Self {
+        let file = file.into();
+        move |error| match error {
+            ReadError::Io(source) => Self::Io { file, action: "read", source },
+            ReadError::NotRegular(got) => Self::NotRegular { file, got },
+            ReadError::TooLarge { size, limit } => Self::FileTooLarge { file, size, limit },
+        }
     }
 }

@@ -10,6 +10,7 @@ mod checkpoint;
 mod commit;
 mod config;
 mod error;
+mod files;
 mod header;
 mod layout;
 mod mapped;

@@ -1,13 +1,13 @@
 //! The bytes of one weights file: mapped from disk, or compiled into the program.
 #![allow(unsafe_code)] // mapping a file is unsafe by nature; this is the one place, reviewed as such
 
-use std::fs::File;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Read-only bytes with the name of the file they came from.
 #[derive(Debug)]
@@ -26,13 +26,8 @@ enum Content {
 impl FileBytes {
     /// Maps a regular file of at least one byte.
     pub(crate) fn map(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
-        let metadata = file.metadata().map_err(Error::io(path, "read the size of"))?;
-        if !metadata.is_file() {
-            let reason = std::io::Error::other("it is not a regular file");
-            return Err(Error::io(path, "map")(reason));
-        }
-        if metadata.len() == 0 {
+        let (file, size) = files::open_regular(path).map_err(Error::reading(path))?;
+        if size == 0 {
             // An empty file cannot be mapped on every system; it is as good as these no bytes.
             return Ok(Self { path: path.to_owned(), content: Content::Static(&[]) });
         }

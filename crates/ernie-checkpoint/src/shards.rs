@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::header::{self, HeaderEntry, Members};
 use crate::mapping::FileBytes;
 
@@ -106,7 +107,7 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
         weight_map: Members,
     }
     let json = |reason: String| Error::Json { file: index.into(), reason };
-    let text = std::fs::read_to_string(index).map_err(Error::io(index, "read"))?;
+    let text = files::read_text(index, files::MAX_TEXT_BYTES).map_err(Error::reading(index))?;
     let Index { weight_map: Members(members) } = serde_json::from_str(&text).map_err(|e| json(e.to_string()))?;
     let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut seen = HashMap::with_capacity(members.len());

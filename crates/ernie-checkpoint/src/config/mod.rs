@@ -8,7 +8,7 @@ mod check;
 mod counts;
 mod fields;
 mod parse;
-mod write;
+pub(crate) mod write;
 
 use std::path::Path;
 
@@ -17,6 +17,7 @@ use serde_json::{Map, Value};
 pub use counts::ParameterCounts;
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Which network a config describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -192,7 +193,7 @@ impl Config {
     /// Reads `config.json` of a model directory.
     ///
     /// # Errors
-    /// As [`Config::from_json`], and [`Error::Io`].
+    /// As [`Config::from_json`], and [`Error::Io`], [`Error::NotRegular`] and [`Error::FileTooLarge`].
     pub fn from_dir(dir: &Path) -> Result<Self> {
         Self::from_file(&dir.join("config.json"))
     }
@@ -200,9 +201,9 @@ impl Config {
     /// Reads a config file.
     ///
     /// # Errors
-    /// As [`Config::from_json`], and [`Error::Io`].
+    /// As [`Config::from_json`], and [`Error::Io`], [`Error::NotRegular`] and [`Error::FileTooLarge`].
     pub fn from_file(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).map_err(Error::io(file, "read"))?;
+        let text = files::read_text(file, files::MAX_CONFIG_BYTES).map_err(Error::reading(file))?;
         Self::from_json(&text, file)
     }
 

@@ -1,7 +1,8 @@
 //! What can be wrong with a tokenizer's files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use crate::files::ReadError;
 use crate::sentencepiece::SentencePieceError;
 
 /// A tokenizer that cannot be loaded or used. Every variant names the file.
@@ -14,6 +15,24 @@ pub enum TokenizerError {
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// Something that is not a file stands under a file's name.
+    #[error("{}: expected a regular file, got {got}; put the file itself there", path.display())]
+    NotRegular {
+        /// The path.
+        path: PathBuf,
+        /// What it is: a directory, a named pipe, ….
+        got: &'static str,
+    },
+    /// A file larger than any tokenizer's.
+    #[error("{}: expected at most {limit} bytes, got at least {size}; this is not the file its name says", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it has at least.
+        size: u64,
+        /// Bytes that it may have.
+        limit: u64,
     },
     /// The directory has no tokenizer.
     #[error("{}: no tokenizer found; expected tokenizer.json or one of {expected}", dir.display())]
@@ -67,4 +86,18 @@ pub enum TokenizerError {
         /// The library's message.
         reason: String,
     },
+}
+
+impl TokenizerError {
+    /// `None` where there is no such file; otherwise names the file that was not read.
+    pub(crate) fn if_there<T>(path: &Path, read: Result<T, ReadError>) -> Result<Option<T>, Self> {
+        let path = || path.to_owned();
+        match read {
+            Ok(content) => Ok(Some(content)),
+            Err(ReadError::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(ReadError::Io(source)) => Err(Self::Io { path: path(), source }),
+            Err(ReadError::NotRegular(got)) => Err(Self::NotRegular { path: path(), got }),
+            Err(ReadError::TooLarge { size, limit }) => Err(Self::TooLarge { path: path(), size, limit }),
+        }
+    }
 }

@@ -12,6 +12,7 @@ use special::{AddedToken, AddedTokens, SideFile};
 pub use stream::DecodeStream;
 use stream::{JsonStreaming, SentencePieceStream, decode_json};
 
+use crate::files;
 use crate::sentencepiece::{PieceKind, SentencePiece, text_with_replacements};
 
 /// The names under which the family's releases keep the SentencePiece model, in the order tried.
@@ -236,9 +237,6 @@ fn parse_sentencepiece(bytes: &[u8], origin: &Path) -> Result<SentencePiece, Tok
 }
 
 fn read_if_there(path: PathBuf) -> Result<Option<(PathBuf, Vec<u8>)>, TokenizerError> {
-    match std::fs::read(&path) {
-        Ok(bytes) => Ok(Some((path, bytes))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Io { path, source }),
-    }
+    let bytes = TokenizerError::if_there(&path, files::read(&path, files::MAX_TEXT_BYTES))?;
+    Ok(bytes.map(|bytes| (path, bytes)))
 }

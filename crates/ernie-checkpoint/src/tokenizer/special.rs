@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::TokenizerError;
+use crate::files;
 use crate::sentencepiece::trie::Trie;
 use crate::sentencepiece::{PieceKind, SentencePiece};
 
@@ -88,11 +89,8 @@ pub(super) struct SideFile {
 impl SideFile {
     /// `None` where there is no such file.
     pub fn read(path: PathBuf) -> Result<Option<Self>, TokenizerError> {
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(TokenizerError::Io { path, source }),
-        };
+        let bytes = TokenizerError::if_there(&path, files::read(&path, files::MAX_TEXT_BYTES))?;
+        let Some(bytes) = bytes else { return Ok(None) };
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(fields)) => Ok(Some(Self { path, fields })),
             Ok(_) => Err(TokenizerError::Json { path, reason: "expected a JSON object".into() }),

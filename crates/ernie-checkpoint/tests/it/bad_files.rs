@@ -1,6 +1,10 @@
 //! Safetensors files that are truncated or lie: a typed error that names file and tensor, for each way.
 
-use ernie_checkpoint::Error;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use ernie_checkpoint::{ChatTemplate, ChatTemplateError, Checkpoint, Error, Tokenizer, TokenizerError};
 
 use crate::fixture::{assert_error, dense, file, model, open_error, with_weights};
 
@@ -12,8 +16,74 @@ fn no_weights_and_no_directory() {
     std::fs::write(dir.path().join("config.json"), dense().to_json().to_string()).unwrap();
     assert_error!(open_error(dir.path(), &[FILE]), Error::NoWeights { .. });
     assert_error!(open_error(&dir.path().join("nowhere"), &["nowhere"]), Error::Io { .. });
-    std::fs::create_dir(dir.path().join(FILE)).unwrap();
-    assert_error!(open_error(dir.path(), &[FILE]), Error::Io { .. });
+}
+
+/// Puts something under each name that is opened, and checks that it is refused rather than waited for or read forever.
+fn not_regular(put: impl Fn(&Path), got: &str) {
+    let dir = model(&dense());
+    for name in [FILE, "model.safetensors.index.json", "config.json"] {
+        let path = dir.path().join(name);
+        let before = fs::read(dir.path().join(FILE)).ok();
+        let _ = fs::remove_file(&path);
+        if name != FILE {
+            let _ = fs::remove_file(dir.path().join(FILE));
+        }
+        put(&path);
+        assert_error!(open_error(dir.path(), &[name, "regular file", got]), Error::NotRegular { .. });
+        fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).unwrap();
+        if let Some(bytes) = before {
+            fs::write(dir.path().join(FILE), bytes).unwrap();
+        }
+    }
+    for name in ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        put(&dir.path().join(name));
+        if name == "tokenizer_config.json" {
+            let error = ChatTemplate::from_dir(dir.path()).err().expect("it was read");
+            assert!(matches!(error, ChatTemplateError::File(TokenizerError::NotRegular { .. })), "{error}");
+        } else {
+            let error = Tokenizer::from_dir(dir.path()).err().expect("it was read");
+            assert!(matches!(&error, TokenizerError::NotRegular { path, .. } if path.ends_with(name)), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_directory_under_a_files_name() {
+    not_regular(|path| fs::create_dir(path).unwrap(), "a directory");
+}
+
+#[test]
+fn a_named_pipe_under_a_files_name() {
+    let make = |path: &Path| Command::new("mkfifo").arg(path).status();
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    if !make(&pipe).is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no named pipes can be made here");
+        return;
+    }
+    not_regular(|path| assert!(make(path).unwrap().success()), "a named pipe");
+    // Nor is a pipe waited for in place of the directory.
+    assert!(Checkpoint::open(&pipe).is_err());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_device_behind_a_link() {
+    not_regular(|path| std::os::unix::fs::symlink("/dev/zero", path).unwrap(), "a device");
+}
+
+#[test]
+fn texts_too_large_to_be_what_they_are_called() {
+    for (name, limit) in [("config.json", 16 << 20), ("model.safetensors.index.json", 256 << 20)] {
+        let dir = model(&dense());
+        if name != "config.json" {
+            fs::remove_file(dir.path().join(FILE)).unwrap();
+        }
+        fs::File::create(dir.path().join(name)).unwrap().set_len(limit + 1).unwrap(); // sparse
+        let error = open_error(dir.path(), &[name]);
+        assert!(matches!(error, Error::FileTooLarge { size, limit: l, .. } if (size, l) == (limit + 1, limit)), "{error}");
+    }
 }
 
 #[test]
