@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::commit::{self, Staged};
-use crate::config::{Config, Quantization};
+use crate::config::{Config, Quantization, write::int8_per_channel};
 use crate::error::{Error, Result};
 use crate::layout::SCALE_SUFFIX;
 use crate::numeric;
@@ -86,7 +86,12 @@ pub fn save<'a>(
         SaveDtype::Int8PerChannel => Some(Quantization::Int8PerChannel),
         SaveDtype::F32 | SaveDtype::Bf16 => None,
     };
+    let tied = config.tie_word_embeddings;
     let mut config = config.to_json();
+    if let (SaveDtype::Int8PerChannel, Value::Object(config)) = (options.dtype, &mut config) {
+        // Also where the config was quantised before: another program may have left out other modules.
+        config.insert("quantization_config".into(), int8_per_channel(tied));
+    }
     set_dtype(&mut config, options.dtype);
     writer.finish(&config)
 }

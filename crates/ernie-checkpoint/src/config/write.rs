@@ -91,7 +91,7 @@ pub(super) fn to_json(config: &Config) -> Value {
         match config.quantization {
             None => drop(root.shift_remove("quantization_config")),
             Some(Quantization::Int8PerChannel) => {
-                root.insert("quantization_config".into(), int8_per_channel());
+                root.insert("quantization_config".into(), int8_per_channel(config.tie_word_embeddings));
             }
         }
     }
@@ -143,8 +143,14 @@ fn write_rope(config: &Config, before: Option<&Config>, text: &mut Map<String, V
     }
 }
 
-/// compressed-tensors' description of 8-bit symmetric weights with one scale per output channel.
-fn int8_per_channel() -> Value {
+/// What [`crate::save`] writes as int8, in the fields of compressed-tensors' configs: all matrices, those of the
+/// embedding among them, as symmetric weights with one scale per output channel. The modules that are not quantised are
+/// named: the routers, and a tied head, which has no tensor of its own.
+pub(crate) fn int8_per_channel(tied: bool) -> Value {
+    let mut ignore = vec!["re:.*mlp\\.gate$"];
+    if tied {
+        ignore.push("lm_head");
+    }
     json!({
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -163,7 +169,7 @@ fn int8_per_channel() -> Value {
                 "output_activations": null,
             },
         },
-        "ignore": ["re:.*mlp\\.gate$"],
+        "ignore": ignore,
     })
 }
 

@@ -111,6 +111,33 @@ fn int8_is_within_half_a_step_of_its_row() {
     assert_eq!(Checkpoint::open(third.path()).unwrap().config().quantization, None);
 }
 
+/// Every matrix that is not int8 in the files is of an ignored module, and none that is int8.
+#[test]
+fn an_int8_config_names_what_is_not_quantised() {
+    let mut untied = moe();
+    untied.tie_word_embeddings = false;
+    let mut foreign = dense();
+    foreign.quantization = Some(Quantization::Int8PerChannel);
+    let mut json = foreign.to_json();
+    json["quantization_config"]["ignore"] = json!(["re:.*down_proj"]);
+    let foreign = Config::from_json(&json.to_string(), Path::new("config.json")).unwrap();
+    for (config, expected) in [
+        (untied, json!(["re:.*mlp\\.gate$"])),
+        (dense(), json!(["re:.*mlp\\.gate$", "lm_head"])),
+        (foreign, json!(["re:.*mlp\\.gate$", "lm_head"])),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &config, &tensors(&config), SaveDtype::Int8PerChannel, u64::MAX).unwrap();
+        let written: Value = serde_json::from_slice(&fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+        assert_eq!(written["quantization_config"]["ignore"], expected);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        for spec in config.tensor_specs().iter().filter(|spec| checkpoint.contains(&spec.name) && spec.name.ends_with("proj.weight")) {
+            assert_eq!(checkpoint.dtype(&spec.name), Some(Dtype::I8), "{}", spec.name);
+        }
+        assert_eq!(checkpoint.contains("lm_head.weight"), !config.tie_word_embeddings);
+    }
+}
+
 #[test]
 fn the_safetensors_crate_reads_what_we_write_and_we_what_it_writes() {
     let config = moe();
