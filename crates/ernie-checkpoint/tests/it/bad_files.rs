@@ -39,10 +39,10 @@ fn not_regular(put: impl Fn(&Path), got: &str) {
         let dir = tempfile::tempdir().unwrap();
         put(&dir.path().join(name));
         if name == "tokenizer_config.json" {
-            let error = ChatTemplate::from_dir(dir.path()).err().expect("it was read");
+            let error = ChatTemplate::from_dir(dir.path()).expect_err("it was read");
             assert!(matches!(error, ChatTemplateError::File(TokenizerError::NotRegular { .. })), "{error}");
         } else {
-            let error = Tokenizer::from_dir(dir.path()).err().expect("it was read");
+            let error = Tokenizer::from_dir(dir.path()).expect_err("it was read");
             assert!(matches!(&error, TokenizerError::NotRegular { path, .. } if path.ends_with(name)), "{error}");
         }
     }
