@@ -175,3 +175,22 @@ fn a_diverging_run_stops_with_advice() {
     assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
     assert!(error.to_string().contains("optimizer.lr"));
 }
+
+#[test]
+fn every_recipe_of_the_repository_is_valid() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
+    let recipes = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    assert!(recipes.len() >= 2);
+    for path in recipes {
+        let recipe = Recipe::from_file(&path).unwrap();
+        let config = ernie_train::model_config(&recipe).unwrap();
+        let limits = ernie_train::recipe::Limits { parameters: config.parameter_counts().total, memory_bytes: 8 << 30 };
+        recipe.validate(&limits).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        // A trial of any length keeps a shape that can run.
+        for steps in [1, 10, 50] {
+            let mut trial = recipe.clone();
+            trial.set_steps(steps);
+            trial.validate(&limits).unwrap_or_else(|error| panic!("{} at {steps} steps: {error}", path.display()));
+        }
+    }
+}
