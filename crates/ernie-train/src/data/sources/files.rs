@@ -7,8 +7,8 @@ use super::SourceFile;
 use crate::data::Error;
 use crate::recipe::Source;
 
-/// No source file is larger than this once unpacked: a gzip bomb ends here.
-const LARGEST_FILE: u64 = 4 << 30;
+/// No source file is larger than this once unpacked: a gzip bomb ends here, and a file is held in memory several times over.
+const LARGEST_FILE: u64 = 512 << 20;
 
 /// The files of `source` under `root`, sorted by relative path. Hidden files are left out, as are those that match
 /// an `exclude` pattern; a path that finds nothing is an error.
@@ -95,10 +95,21 @@ pub fn matches_pattern(pattern: &str, path: &str) -> bool {
 /// line ends. Bytes that are not UTF-8 are an error that gives their position.
 pub fn read_text(path: &Path) -> Result<String, Error> {
     let read = |source| Error::Read { path: path.to_path_buf(), source };
+    let too_large = || Error::Malformed {
+        path: path.to_path_buf(),
+        line: 0,
+        problem: format!("more than {} MiB of text in one file; split it into several", LARGEST_FILE >> 20),
+    };
+    if fs::metadata(path).map_err(read)?.len() > LARGEST_FILE {
+        return Err(too_large());
+    }
     let raw = fs::read(path).map_err(read)?;
     let bytes = if raw.starts_with(&[0x1f, 0x8b]) {
         let mut unpacked = Vec::new();
-        flate2::read::MultiGzDecoder::new(raw.as_slice()).take(LARGEST_FILE).read_to_end(&mut unpacked).map_err(read)?;
+        flate2::read::MultiGzDecoder::new(raw.as_slice()).take(LARGEST_FILE + 1).read_to_end(&mut unpacked).map_err(read)?;
+        if unpacked.len() as u64 > LARGEST_FILE {
+            return Err(too_large());
+        }
         unpacked
     } else {
         raw
