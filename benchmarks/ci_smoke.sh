@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A short version of the main job on real text, from raw files to a conversation: train a little, be killed, resume, generate, inspect.
-# Needs ERNIE_DATA. Takes about a minute after the build.
+# Needs ERNIE_DATA. Takes a few minutes after the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${ERNIE_DATA:?set ERNIE_DATA to the data root that recipes/nano.toml describes}"
