@@ -1,8 +1,8 @@
 //! The seam between the network and its kernels.
 //!
 //! Each function here is one coarse operator of the model. On the CPU (Burn's Flex backend, with or without autodiff) it runs the fused kernel
-//! of `ernie-kernels` with a hand-written backward, declared to Burn as a *backend extension*: [`fused`] names the operators, [`flex`] runs
-//! them on slices, [`tape`] records them. On any other device it runs its twin in [`plain`], made of Burn's own operators, which is also
+//! of `ernie-kernels` with a hand-written backward, declared to Burn as a *backend extension*: `fused` names the operators, `flex` runs
+//! them on slices, `tape` records them. On any other device it runs its twin in [`plain`], made of Burn's own operators, which is also
 //! the oracle of the tests.
 use std::sync::Arc;
 
