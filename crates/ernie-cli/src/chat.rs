@@ -28,7 +28,8 @@ Ctrl-C stops the answer.";
 #[command(
     long_about = "Talk to a model. Answers appear as they are generated; Ctrl-C stops an answer, Ctrl-D leaves. Lines can be edited, and the \
         arrow keys bring back earlier ones.\n\n\
-        When standard input is not a terminal, each line is one message and only the answers are printed.\n\n\
+        When standard input is not a terminal, each line is one message (or a /command) and only the answers are printed; the first line \
+        that cannot be answered ends the program.\n\n\
         A conversation that no longer fits the model's context loses its oldest turns.",
     after_long_help = "Within the chat:\n\
         /help, /system TEXT, /clear, /save FILE, /quit\n\n\
@@ -96,6 +97,10 @@ impl Chat<'_> {
             let line = line.context("cannot read standard input as UTF-8 text")?;
             if self.line(&line)?.is_break() {
                 break;
+            }
+            // There is nobody to go on with the conversation: what Ctrl-C stops is the program.
+            if self.interrupt.stopped() {
+                return Err(outcome::Outcome::Interrupted.into());
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! `ernie inspect`: what a model is, what it needs, and what is wrong with it.
-use ernie_checkpoint::{Checkpoint, Config, Family, Layout, ParameterCounts, TensorGroup, TensorRole};
+use anyhow::Context;
+use ernie_checkpoint::{ChatTemplateOptions, Checkpoint, Config, Family, Layout, Message, ParameterCounts, TensorGroup, TensorRole};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -132,7 +133,12 @@ fn inspect(model: &ModelArgument, list_tensors: bool) -> Findings {
             Ok(_) => {}
             Err(error) => note(error),
         }
-        if let Err(error) = model.chat_template() {
+        // A template can be well-formed and yet fail on every conversation.
+        let trial = [Message::new("user", "Hello!")];
+        let rendered = model.chat_template().and_then(|template| {
+            template.render(&trial, true, &ChatTemplateOptions::default()).context("the chat template fails on a trial message")
+        });
+        if let Err(error) = rendered {
             note(error);
         }
     }

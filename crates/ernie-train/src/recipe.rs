@@ -487,6 +487,13 @@ impl Recipe {
             if source.template && !source.format.has_template() {
                 return Err(invalid(key("template"), "this format's text has no dialogues", "remove `template`"));
             }
+            if let Some(path) = source.paths.iter().find(|path| path.starts_with('/') || path.split(['/', '\\']).any(|part| part == "..")) {
+                return Err(invalid(
+                    key("paths"),
+                    format!("`{path}` leaves the data root"),
+                    "name files below it, or another root with --data",
+                ));
+            }
             if source.paths.is_empty() {
                 return Err(invalid(key("paths"), "it names no file", "list files, folders or patterns"));
             }

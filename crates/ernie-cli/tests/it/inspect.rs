@@ -90,3 +90,12 @@ fn edit_config(dir: &Path, from: &str, to: &str) {
     assert!(text.contains(from), "{text}");
     std::fs::write(file, text.replace(from, to)).unwrap();
 }
+
+#[test]
+fn a_template_that_fails_on_every_conversation_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    tiny_model::write(dir.path());
+    std::fs::write(dir.path().join("chat_template.jinja"), "{% for m in messages %}{{ m.content | no_such_filter }}{% endfor %}").unwrap();
+    let run = inspect(dir.path(), &[]).fails(1, &["error: "]);
+    assert!(run.stdout.contains("chat template") && run.stdout.contains("no_such_filter"), "{run:#?}");
+}

@@ -137,7 +137,7 @@ fn another_recipe_does_not_continue_a_run() {
 fn what_cannot_train_is_refused_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path());
-    let cases: [(&str, &str, &str); 11] = [
+    let cases: [(&str, &str, &str); 12] = [
         ("use_bias = false", "use_bais = false", "use_bais"),
         ("eos_token_id = 2", "eos_token_id = 9999", "eos_token_id"),
         ("num_nextn_predict_layers = 1", "num_nextn_predict_layers = 2", "num_nextn_predict_layers"),
@@ -145,6 +145,7 @@ fn what_cannot_train_is_refused_before_anything_is_written() {
         ("decay_fraction = 0.25", "decay_fraction = 0.95", "schedule"),
         ("lr = 5e-3", "learning_rate = 5e-3", "lr"),
         ("\"corpus.txt\"", "\"missing.txt\"", "missing.txt"),
+        ("\"corpus.txt\"", "\"../data/corpus.txt\"", "../data/corpus.txt"),
         ("batch_size = 4", "batch_size = 400000000", "gradient_accumulation"),
         ("sequence_length = 32", "sequence_length = 128", "max_position_embeddings"),
         ("moe_k = 2", "moe_k = 9", "moe_k"),
