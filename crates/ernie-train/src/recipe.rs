@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 use crate::data::sources::Format;
-use crate::schedule::{Schedule, ScheduleConfig};
+use crate::schedule::{Schedule, ScheduleConfig, ScheduleError};
 
 /// What is wrong with a recipe.
 #[derive(Debug, thiserror::Error)]
@@ -63,17 +63,13 @@ pub struct Recipe {
     #[serde(default)]
     pub optimizer: Optimizer,
     /// Learning rate over the run.
-    #[serde(default = "default_schedule")]
+    #[serde(default)]
     pub schedule: ScheduleConfig,
     /// Auxiliary losses of the router and of multi-token prediction.
     #[serde(default)]
     pub loss: Loss,
     /// A second, smaller copy of the finished model, to be shipped.
     pub export: Option<Export>,
-}
-
-fn default_schedule() -> ScheduleConfig {
-    ScheduleConfig::Wsd { warmup_steps: 100, decay_fraction: 0.2, min_lr_ratio: 0.05 }
 }
 
 /// `[export]`: where the finished model goes beside `<run.out>/model`, with a model card.
@@ -521,7 +517,12 @@ impl Recipe {
             }
         }
         if let Err(error) = Schedule::new(&self.schedule, optimizer.lr, self.total_steps()) {
-            return Err(invalid("schedule", error.to_string(), "or leave [schedule] out for the default"));
+            let key = match &error {
+                ScheduleError::BadPeak { .. } => "optimizer.lr".to_string(),
+                ScheduleError::NotAShare { field, .. } => format!("schedule.{field}"),
+                ScheduleError::TooLong { .. } => "schedule.warmup_steps".to_string(),
+            };
+            return Err(invalid(key, error.to_string(), "or leave [schedule] out for the default"));
         }
         Ok(())
     }

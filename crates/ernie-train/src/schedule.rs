@@ -15,24 +15,47 @@ pub enum ScheduleConfig {
     /// Warmup, a stable phase at the peak, then a 1−√ decay over the last `decay_fraction` of the run.
     Wsd {
         /// Updates of linear warmup; 0 starts at the peak.
+        #[serde(default = "default_warmup_steps")]
         warmup_steps: u64,
         /// Share of all updates spent in the decay, in [0, 1].
+        #[serde(default = "default_decay_fraction")]
         decay_fraction: f64,
         /// Final learning rate as a share of the peak, in [0, 1].
+        #[serde(default = "default_min_lr_ratio")]
         min_lr_ratio: f64,
     },
     /// Warmup, then half a cosine from the peak to the floor.
     Cosine {
         /// Updates of linear warmup; 0 starts at the peak.
+        #[serde(default = "default_warmup_steps")]
         warmup_steps: u64,
         /// Final learning rate as a share of the peak, in [0, 1].
+        #[serde(default = "default_min_lr_ratio")]
         min_lr_ratio: f64,
     },
     /// Warmup, then the peak to the end.
     Constant {
         /// Updates of linear warmup; 0 starts at the peak.
+        #[serde(default = "default_warmup_steps")]
         warmup_steps: u64,
     },
+}
+
+fn default_warmup_steps() -> u64 {
+    100
+}
+fn default_decay_fraction() -> f64 {
+    0.2
+}
+fn default_min_lr_ratio() -> f64 {
+    0.05
+}
+
+impl Default for ScheduleConfig {
+    /// Warmup, stable phase, decay.
+    fn default() -> Self {
+        Self::Wsd { warmup_steps: default_warmup_steps(), decay_fraction: default_decay_fraction(), min_lr_ratio: default_min_lr_ratio() }
+    }
 }
 
 impl ScheduleConfig {

@@ -59,6 +59,7 @@ fn world(dir: &Path) -> Recipe {
         weight = 0.5
         licence = "own"
         [schedule]
+        kind = "constant"
         warmup_steps = 5
         "#,
         dir.display()

