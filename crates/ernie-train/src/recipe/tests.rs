@@ -91,7 +91,7 @@ fn values_that_could_not_train_name_the_key_and_the_fix() {
         ("tokens = 100_000", "steps = 0", "run.steps"),
         ("tokens = 100_000", "steps = 50\ncheckpoint_every = 0", "run.checkpoint_every"),
         ("tokens = 100_000", "steps = 50\nthreads = 0", "run.threads"),
-        ("tokens = 100_000", "steps = 10", "schedule.warmup_steps"),
+        ("tokens = 100_000", "steps = 9", "schedule.warmup_steps"),
         ("[tokenizer]\nvocab_size = 512", "[tokenizer]\nvocab_size = 1024", "tokenizer.vocab_size"),
         ("[tokenizer]\nvocab_size = 512", "[tokenizer]\nvocab_size = 100", "tokenizer.vocab_size"),
         ("[data]", "character_coverage = 1.5\n[data]", "tokenizer.character_coverage"),
