@@ -12,7 +12,7 @@ use burn::{
     tensor::{TensorData, activation},
 };
 use ernie_checkpoint::{Config, MoeConfig};
-use ernie_kernels::{experts, router};
+use ernie_kernels::router;
 
 /// The routed experts, stacked: expert `e` is `x → down_e(silu(gate_e x) ⊙ up_e x)`.
 #[derive(Module, Debug)]
@@ -108,14 +108,6 @@ impl Moe {
         let chosen_tk = probs_te.clone().gather(1, index_tk);
         let total_t1 = chosen_tk.clone().sum_dim(1).clamp_min(self.norm_min);
         (indices.into(), chosen_tk / total_t1)
-    }
-}
-
-impl Experts {
-    /// Shape of the stack, for kernels: `tokens` of width h through e experts of width i, `top_k` each.
-    pub fn shape(&self, tokens: usize, top_k: usize) -> experts::Shape {
-        let [experts, intermediate, hidden] = self.gate_proj.dims();
-        experts::Shape { tokens, hidden, intermediate, experts, top_k }
     }
 }
 

@@ -370,7 +370,7 @@ impl Recipe {
     }
 
     /// Refuses what could not train, before anything is read or written; the error names the key and the fix.
-    /// Files of the sources are checked by [`crate::data::check_sources`].
+    /// Missing files and empty sources are refused by [`crate::data::prepare`].
     pub fn validate(&self, limits: &Limits) -> Result<(), Error> {
         self.validate_run()?;
         self.validate_data()?;

@@ -177,14 +177,6 @@ fn read_found(source: &Source, files: &[SourceFile], validation_fraction: f64) -
     Ok(documents)
 }
 
-/// Refuses missing files and empty sources before anything is trained.
-pub fn check_sources(recipe: &Recipe, root: &Path) -> Result<(), Error> {
-    for source in &recipe.data.source {
-        read_documents(source, root, recipe.data.validation_fraction)?;
-    }
-    Ok(())
-}
-
 /// A source as tokens.
 #[derive(Debug)]
 pub struct TokenSource {

@@ -359,7 +359,7 @@ fn duplicates_are_left_out_and_empty_sources_refused() {
     let documents = read_documents(&source, dir.path(), 0.0).unwrap();
     assert_eq!((documents.all.len(), documents.duplicates), (2, 1));
     fs::write(dir.path().join("short.txt"), "\n<|endoftext|>\n").unwrap();
-    let error = check_sources(&recipe, dir.path()).unwrap_err().to_string();
+    let error = prepare(&recipe, dir.path(), &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("`short` is empty"), "{error}");
     source.paths = vec!["gone.txt".into()];
     assert!(matches!(read_documents(&source, dir.path(), 0.0), Err(Error::NoFiles { .. })));
