@@ -11,8 +11,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::arch::exp::exp;
-use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
+use crate::arch::gemm::{Threads, Update, product};
 use crate::arch::isa::{LANES, simd_fn};
+use crate::arch::matrix::{Mat, MatMut};
 use crate::rope::{RopeTable, apply_interleaved, rotate_into};
 use crate::row::{dot, exponentials, scale};
 use crate::scratch::Scratch;

@@ -5,7 +5,8 @@
 
 use rayon::prelude::*;
 
-use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
+use crate::arch::gemm::{Threads, Update, product};
+use crate::arch::matrix::{Mat, MatMut};
 use crate::row::{exponentials, log_sum_exp, scale};
 use crate::scratch::Scratch;
 

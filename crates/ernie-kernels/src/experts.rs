@@ -10,8 +10,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
+use crate::arch::gemm::{Threads, Update, product};
 use crate::arch::isa::{mul_add, simd_fn};
+use crate::arch::matrix::{Mat, MatMut};
 use crate::linear::{add_rows, add_to_rows};
 use crate::row::{dot, scale};
 use crate::scratch::Scratch;

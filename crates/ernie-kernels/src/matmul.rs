@@ -1,6 +1,7 @@
 //! Matrix products, row-major, in three layouts. The names say how `a` and `b` are stored: n as in the formula, t transposed.
 
-use crate::arch::gemm::{Mat, MatMut, Threads, Update, product};
+use crate::arch::gemm::{Threads, Update, product};
+use crate::arch::matrix::{Mat, MatMut};
 
 fn update(accumulate: bool) -> Update {
     if accumulate { Update::Add } else { Update::Set }

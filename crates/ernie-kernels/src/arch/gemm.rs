@@ -1,141 +1,19 @@
-//! Checked matrix views and the product of two of them, over the `gemm` crate.
-#![allow(unsafe_code)] // The crate takes raw pointers; and disjoint column blocks of one matrix cannot be told apart by slices.
+//! Products of single precision: operands are packed once, then tiles of the result are computed from the packed panels.
 
-use std::marker::PhantomData;
-use std::ops::Range;
+use rayon::prelude::*;
 
-/// A matrix to read: element (i, j) is `data[i * row_stride + j * col_stride]`.
-#[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
+use super::matrix::{Mat, MatMut};
+use super::pack::Packed;
+use super::tile::{COLS, ROWS, tile};
 
-impl<'a> Mat<'a> {
-    /// A row-major matrix that fills `data`.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(rows.checked_mul(cols), Some(data.len()), "elements of a [{rows}, {cols}] matrix");
-        Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
-    }
+pub use super::tile::Update;
 
-    /// Rows `rows` and columns `cols` of the row-major matrix `data` whose rows are `stride` long.
-    pub fn block(data: &'a [f32], stride: usize, rows: Range<usize>, cols: Range<usize>) -> Self {
-        let fits = rows.end.checked_mul(stride).is_some_and(|end| end <= data.len());
-        assert!(cols.end <= stride && fits, "rows {rows:?}, columns {cols:?} lie outside the matrix");
-        let start = (rows.start * stride + cols.start).min(data.len());
-        Mat { data: &data[start..], rows: rows.len(), cols: cols.len(), row_stride: stride, col_stride: 1 }
-    }
-
-    /// The transpose.
-    pub fn t(self) -> Self {
-        Mat { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
-    }
-
-    /// The number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// The number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// The rows `range`.
-    pub fn rows_of(&self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
-        let start = (range.start * self.row_stride).min(self.data.len());
-        Mat { data: &self.data[start..], rows: range.len(), ..*self }
-    }
-
-    /// One row of a matrix that has not been transposed.
-    pub fn row(&self, i: usize) -> &'a [f32] {
-        assert!(i < self.rows && self.col_stride == 1);
-        &self.data[i * self.row_stride..][..self.cols]
-    }
-}
-
-/// A row-major matrix to write, which may be a block of columns of a wider one. Two of them never overlap.
-pub struct MatMut<'a> {
-    start: *mut f32,
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    borrow: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: a `MatMut` is the sole owner of its elements for 'a, like `&'a mut [f32]`, which is Send.
-unsafe impl Send for MatMut<'_> {}
-
-impl<'a> MatMut<'a> {
-    /// A matrix that fills `data`.
-    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(rows.checked_mul(cols), Some(data.len()), "elements of a [{rows}, {cols}] matrix");
-        MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: cols, borrow: PhantomData }
-    }
-
-    /// Rows 0..`rows` and columns 0..`cols` of the matrix `data` whose rows are `stride` long.
-    pub fn corner(data: &'a mut [f32], stride: usize, rows: usize, cols: usize) -> Self {
-        let fits = rows.checked_mul(stride).is_some_and(|end| end <= data.len());
-        assert!(cols <= stride && fits, "[{rows}, {cols}] does not fit rows of {stride} in {}", data.len());
-        MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: stride, borrow: PhantomData }
-    }
-
-    /// Cuts the matrix into tiles: its rows at `row_bounds` (ascending, from 0 to the number of rows) and its columns every `width`, which
-    /// divides their number. Tiles come row block by row block, and from left to right inside one.
-    pub fn tiles(self, row_bounds: &[u32], width: usize) -> Vec<MatMut<'a>> {
-        assert!(row_bounds.first() == Some(&0) && row_bounds.last().map(|&end| end as usize) == Some(self.rows));
-        assert!(width > 0 && self.cols.is_multiple_of(width) && row_bounds.is_sorted());
-        let mut tiles = Vec::with_capacity((row_bounds.len() - 1) * (self.cols / width));
-        for bounds in row_bounds.windows(2) {
-            let rows = bounds[0] as usize..bounds[1] as usize;
-            for col in (0..self.cols).step_by(width) {
-                // SAFETY: row rows.start <= self.rows and column col < self.cols, so this stays within the matrix or, for an empty last
-                // block, one past its end; the tiles are disjoint by construction, and `self` is consumed.
-                let start = unsafe { self.start.add(if rows.is_empty() { 0 } else { rows.start * self.row_stride + col }) };
-                tiles.push(MatMut { start, rows: rows.len(), cols: width, row_stride: self.row_stride, borrow: PhantomData });
-            }
-        }
-        tiles
-    }
-
-    /// Rows `rows` and columns `cols`, borrowed from this matrix.
-    pub fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
-        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
-        let empty = rows.is_empty() || cols.is_empty();
-        let offset = if empty { 0 } else { rows.start * self.row_stride + cols.start };
-        // SAFETY: unless the block is empty its first element lies within the matrix.
-        let start = unsafe { self.start.add(offset) };
-        MatMut { start, rows: rows.len(), cols: cols.len(), row_stride: self.row_stride, borrow: PhantomData }
-    }
-
-    /// One row.
-    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
-        assert!(i < self.rows, "row {i} of {}", self.rows);
-        // SAFETY: row i lies within the matrix, which this view owns; the result borrows the view.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.row_stride), self.cols) }
-    }
-
-    /// Sets every element.
-    pub fn fill(&mut self, value: f32) {
-        for i in 0..self.rows {
-            self.row_mut(i).fill(value);
-        }
-    }
-}
-
-/// What happens to the elements that a product is written to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Update {
-    /// They are overwritten, and not read.
-    Set,
-    /// The product is added to them.
-    Add,
-}
+/// The part of k that one pass over a block of c sums: a panel of b (32 KiB) then stays in the first-level cache.
+const DEPTH: usize = 256;
+/// Rows of c of one task: its panels of a (192 KiB) stay in the second-level cache.
+const TASK_ROWS: usize = 16 * ROWS;
+/// Columns of c of one task.
+const TASK_COLS: usize = 16 * COLS;
 
 /// How many threads share a product. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,40 +24,63 @@ pub enum Threads {
     All,
 }
 
+impl Threads {
+    /// `One` where a product of so many multiplications is not worth waking another thread.
+    fn for_work(self, multiplications: usize) -> Self {
+        if multiplications < 1 << 16 { Threads::One } else { self }
+    }
+}
+
 /// c = scale · a·b, or c += scale · a·b.
 pub fn product(c: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, update: Update, threads: Threads) {
-    let (m, n, k) = (c.rows, c.cols, a.cols);
-    assert!(a.rows == m && b.rows == k && b.cols == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows, b.rows, b.cols);
-    if m == 0 || n == 0 {
-        return;
+    let (m, n, _) = c.layout();
+    let k = a.cols();
+    assert!(a.rows() == m && b.rows() == k && b.cols() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.rows(), b.cols());
+    let threads = threads.for_work(m * n * k);
+    if m > 0 && n > 0 {
+        product_packed(c, &Packed::new(a, threads), &Packed::new(b.t(), threads), scale, update, threads);
     }
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(0),
+}
+
+/// [`product`] of operands that are packed already: a `[m, k]`, and b transposed, `[n, k]`.
+pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, scale: f32, update: Update, threads: Threads) {
+    let (m, n, _) = c.layout();
+    let k = a.k();
+    assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
+    let (task_rows, task_cols) = task_shape(m, n);
+    let tasks = c.cut(task_rows, task_cols);
+    let run = |(row, col, mut c): (usize, usize, MatMut<'_>)| {
+        let (rows, cols, _) = c.layout();
+        if k == 0 && update == Update::Set {
+            c.fill(0.0);
+        }
+        for from in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - from);
+            let update = if from == 0 { update } else { Update::Add };
+            for j in (0..cols).step_by(COLS) {
+                let b = b.panel((col + j) / COLS, from);
+                for i in (0..rows).step_by(ROWS) {
+                    let a = a.panel((row + i) / ROWS, from);
+                    let mut c = c.block(i..(i + ROWS).min(rows), j..(j + COLS).min(cols));
+                    tile::<ROWS, 1, ROWS>(&mut c, a, b, depth, scale, update);
+                }
+            }
+        }
     };
-    // SAFETY: `Mat` and `MatMut` are only made over elements they borrow, with strides that keep all (rows, cols) inside; `c` is exclusive, so
-    // it overlaps neither `a` nor `b`; the shapes were compared above.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.start,
-            1,
-            c.row_stride as isize,
-            update == Update::Add,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    match threads {
+        Threads::One => tasks.into_iter().for_each(run),
+        Threads::All => tasks.into_par_iter().for_each(run),
     }
+}
+
+/// Rows and columns of a task: large, but with some tasks for each thread of a small machine.
+pub(super) fn task_shape(m: usize, n: usize) -> (usize, usize) {
+    let (mut rows, mut cols) = (TASK_ROWS, TASK_COLS);
+    while rows > 4 * ROWS && m.div_ceil(rows) * n.div_ceil(cols) < 12 {
+        rows /= 2;
+    }
+    while cols > 4 * COLS && m.div_ceil(rows) * n.div_ceil(cols) < 12 {
+        cols /= 2;
+    }
+    (rows, cols)
 }

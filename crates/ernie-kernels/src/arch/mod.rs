@@ -2,4 +2,12 @@
 pub mod dot;
 pub mod exp;
 pub mod gemm;
+pub mod gemm_i8;
 pub mod isa;
+pub mod matrix;
+pub mod pack;
+#[cfg(target_arch = "x86_64")]
+mod quantise_avx512;
+pub mod quantised;
+pub mod tile;
+mod tile_i8;

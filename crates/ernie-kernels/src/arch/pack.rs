@@ -1,0 +1,151 @@
+//! Operands laid out for the tiles: panels of `W` rows, each panel column by column, so that the innermost loop reads memory in order.
+#![allow(unsafe_code)] // transposing sixteen by sixteen in registers
+
+use rayon::prelude::*;
+
+use super::gemm::Threads;
+use super::isa::{Isa, isa};
+use super::matrix::Mat;
+use crate::scratch::Scratch;
+
+/// A matrix `[rows, k]` in panels of `W` rows: element (r, l) is `data[(r / W) * W * k + l * W + r % W]`; missing rows of the last panel are zero.
+pub struct Packed<const W: usize> {
+    data: Scratch,
+    rows: usize,
+    k: usize,
+}
+
+impl<const W: usize> Packed<W> {
+    /// Packs `x[rows, k]`, whose rows or whose columns must lie contiguously.
+    pub fn new(x: Mat<'_>, threads: Threads) -> Self {
+        Self::stacked(&[x], threads)
+    }
+
+    /// Packs matrices with equally many rows, one behind the other along k.
+    pub fn stacked(parts: &[Mat<'_>], threads: Threads) -> Self {
+        let rows = parts[0].rows();
+        assert!(parts.iter().all(|part| part.rows() == rows), "parts of different heights");
+        let k = parts.iter().map(Mat::cols).sum();
+        let mut data = Scratch::take(rows.next_multiple_of(W) * k);
+        let fill = |(panel, out): (usize, &mut [f32])| {
+            let mut rest = out;
+            for part in parts {
+                let (out, tail) = rest.split_at_mut(W * part.cols());
+                panel_of::<W>(out, *part, panel * W);
+                rest = tail;
+            }
+        };
+        if k > 0 {
+            match threads {
+                Threads::One => data.chunks_exact_mut(W * k).enumerate().for_each(fill),
+                Threads::All => data.par_chunks_exact_mut(W * k).enumerate().for_each(fill),
+            }
+        }
+        Packed { data, rows, k }
+    }
+
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the matrix.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Panel `panel` from column `from` on.
+    pub fn panel(&self, panel: usize, from: usize) -> &[f32] {
+        &self.data[panel * W * self.k..][..W * self.k][W * from..]
+    }
+}
+
+/// Writes rows `first..first + W` of x, column by column.
+pub(super) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize) {
+    let (rows, k, (row_stride, col_stride), data) = (W.min(x.rows() - first), x.cols(), x.strides(), x.data());
+    assert_eq!(out.len(), W * k);
+    if row_stride == 1 && x.rows() > 1 {
+        for (l, out) in out.chunks_exact_mut(W).enumerate() {
+            let column = &data[l * col_stride + first..][..rows];
+            if rows == W {
+                out.copy_from_slice(column);
+            } else {
+                out[..rows].copy_from_slice(column);
+                out[rows..].fill(0.0);
+            }
+        }
+        return;
+    }
+    assert!(col_stride == 1 || k <= 1, "neither rows nor columns are contiguous");
+    let rows: [&[f32]; W] = std::array::from_fn(|r| if r < rows { &data[(first + r) * row_stride..][..k] } else { &[][..] });
+    transpose::<W>(out, &rows, k);
+}
+
+/// `out[l * W + r]` = `rows[r][l]` for l < k; an empty row stands for zeros.
+pub(super) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: usize) {
+    assert!(out.len() == W * k && rows.iter().all(|row| row.is_empty() || row.len() == k));
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 {
+        done = k - k % 16;
+        for r in (0..W).step_by(16) {
+            let height = (W - r).min(16);
+            for l in (0..done).step_by(16) {
+                // SAFETY: `isa` has found AVX-512; columns l..l+16 lie inside each row that is not empty, and the rows of `out` they become
+                // (W·l + r … + height) inside `out`.
+                unsafe { transpose16(out.as_mut_ptr().add(l * W + r), W, &rows[r..r + height], l) };
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (isa(), Isa::Portable);
+    for l in done..k {
+        for (out, row) in out[l * W..][..W].iter_mut().zip(rows) {
+            *out = if row.is_empty() { 0.0 } else { row[l] };
+        }
+    }
+}
+
+/// `out[i * stride + r]` = `rows[r][from + i]` for i < 16 and up to sixteen rows.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
+unsafe fn transpose16(out: *mut f32, stride: usize, rows: &[&[f32]], from: usize) {
+    use std::arch::x86_64::*;
+    let mut x = [_mm512_setzero_ps(); 16];
+    for (x, row) in x.iter_mut().zip(rows) {
+        if !row.is_empty() {
+            // SAFETY: the caller's rows hold from..from+16.
+            *x = unsafe { _mm512_loadu_ps(row.as_ptr().add(from)) };
+        }
+    }
+    // Pairs of rows, then pairs of pairs inside each quarter, then the quarters.
+    let mut y = [_mm512_setzero_ps(); 16];
+    for i in 0..8 {
+        y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+    for i in 0..4 {
+        let (a, b, c, d) = (y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+        x[4 * i] = _mm512_shuffle_ps::<0x44>(a, c);
+        x[4 * i + 1] = _mm512_shuffle_ps::<0xee>(a, c);
+        x[4 * i + 2] = _mm512_shuffle_ps::<0x44>(b, d);
+        x[4 * i + 3] = _mm512_shuffle_ps::<0xee>(b, d);
+    }
+    let mask = super::tile::mask16(rows.len());
+    for i in 0..4 {
+        let low = _mm512_shuffle_f32x4::<0x88>(x[i], x[4 + i]);
+        let high = _mm512_shuffle_f32x4::<0x88>(x[8 + i], x[12 + i]);
+        let low_odd = _mm512_shuffle_f32x4::<0xdd>(x[i], x[4 + i]);
+        let high_odd = _mm512_shuffle_f32x4::<0xdd>(x[8 + i], x[12 + i]);
+        let columns = [
+            _mm512_shuffle_f32x4::<0x88>(low, high),
+            _mm512_shuffle_f32x4::<0x88>(low_odd, high_odd),
+            _mm512_shuffle_f32x4::<0xdd>(low, high),
+            _mm512_shuffle_f32x4::<0xdd>(low_odd, high_odd),
+        ];
+        for (quarter, column) in columns.into_iter().enumerate() {
+            // SAFETY: row 4·quarter + i of the result, as many elements as there are rows.
+            unsafe { _mm512_mask_storeu_ps(out.add((4 * quarter + i) * stride), mask, column) };
+        }
+    }
+}

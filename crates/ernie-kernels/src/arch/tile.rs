@@ -1,0 +1,148 @@
+//! The innermost loop of a product of single precision: a tile of c that stays in registers while k runs.
+//!
+//! A tile is up to [`ROWS`] x [`COLS`] elements: 24 registers of AVX-512, with room for a row of b and one broadcast element of a. Narrower
+//! instruction sets walk the same packed operands in smaller tiles. The sum over k runs from left to right for every element, so its value depends
+//! on nothing beside it.
+#![allow(unsafe_code)] // the instruction set itself: vector loads and stores through pointers
+#![allow(clippy::needless_range_loop)] // indices name registers of a tile; iterators would hide which
+
+use super::isa::{Isa, isa, mul_add, simd_fn};
+use super::matrix::MatMut;
+
+/// Rows of a tile.
+pub const ROWS: usize = 12;
+/// Columns of a tile: two registers of AVX-512.
+pub const COLS: usize = 32;
+
+/// What happens to the elements that a product is written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// They are overwritten, and not read.
+    Set,
+    /// The product is added to them.
+    Add,
+}
+
+/// c = scale · a·b, or c += scale · a·b, for one tile: c has at most `M` rows and [`COLS`] columns.
+///
+/// Element (i, l) of a is `a[i * RS + l * CS]` for all i < `M`; element (l, j) of b is `b[l * COLS + j]` for all j < [`COLS`].
+pub fn tile<const M: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    scale: f32,
+    update: Update,
+) {
+    let (rows, cols, _) = c.layout();
+    assert!(rows <= M && cols <= COLS && b.len() >= k * COLS && (k == 0 || a.len() > (M - 1) * RS + (k - 1) * CS));
+    match isa() {
+        // SAFETY: `isa` has found AVX-512; the assertion above keeps every load of a and b inside, and c is a view of its own elements.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::<M, RS, CS>(c, a, b, k, scale, update) },
+        _ => narrow::<M, RS, CS>(c, a, b, k, scale, update),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    scale: f32,
+    update: Update,
+) {
+    use std::arch::x86_64::*;
+    let (rows, cols, stride) = c.layout();
+    let c = c.as_mut_ptr();
+    let mut sums = [[_mm512_setzero_ps(); 2]; M];
+    let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
+    for i in 0..rows {
+        // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(c.add(i * stride).cast()) };
+    }
+    for _ in 0..k {
+        // SAFETY: step l reads b[l·COLS..][..COLS] and a[i·RS + l·CS], which the caller vouches for.
+        unsafe {
+            let (b0, b1) = (_mm512_loadu_ps(pb), _mm512_loadu_ps(pb.add(16)));
+            for i in 0..M {
+                let x = _mm512_set1_ps(*pa.add(i * RS));
+                sums[i][0] = _mm512_fmadd_ps(x, b0, sums[i][0]);
+                sums[i][1] = _mm512_fmadd_ps(x, b1, sums[i][1]);
+            }
+            pb = pb.add(COLS);
+            pa = pa.wrapping_add(CS);
+        }
+    }
+    let scale = _mm512_set1_ps(scale);
+    let masks = [mask16(cols), mask16(cols.saturating_sub(16))];
+    // Every index of `sums` must be a constant of the unrolled loop, or the registers would go through memory.
+    for i in 0..M {
+        if i >= rows {
+            break;
+        }
+        for half in 0..2 {
+            // SAFETY: row i < rows of c, and of it the columns below `cols` by the mask.
+            unsafe {
+                let place = c.add(i * stride).wrapping_add(16 * half);
+                let sum = match update {
+                    Update::Set => _mm512_mul_ps(sums[i][half], scale),
+                    Update::Add => _mm512_fmadd_ps(sums[i][half], scale, _mm512_maskz_loadu_ps(masks[half], place)),
+                };
+                _mm512_mask_storeu_ps(place, masks[half], sum);
+            }
+        }
+    }
+}
+
+/// The lowest `n` bits, up to 16.
+pub(super) fn mask16(n: usize) -> u16 {
+    if n >= 16 { u16::MAX } else { (1 << n) - 1 }
+}
+
+/// The tile by parts of 4 x 16 (eight registers of AVX2, sixteen of NEON).
+fn narrow<const M: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    scale: f32,
+    update: Update,
+) {
+    let (rows, cols, _) = c.layout();
+    for row in (0..rows).step_by(4) {
+        for col in (0..cols).step_by(16) {
+            let a: [&[f32]; 4] = std::array::from_fn(|i| &a[((row + i).min(M - 1)) * RS..]);
+            let mut sums = [[0.0; 16]; 4];
+            part(&mut sums, a, CS, &b[col..], k);
+            for (i, sums) in sums.iter().enumerate().take(rows - row) {
+                let width = (cols - col).min(16);
+                for (c, sum) in c.row_mut(row + i)[col..][..width].iter_mut().zip(sums) {
+                    *c = match update {
+                        Update::Set => sum * scale,
+                        Update::Add => *c + sum * scale,
+                    };
+                }
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// sums[i][j] = Σ_l a[i][l · step] · b[l · COLS + j].
+    fn part<FMA>(sums: &mut [[f32; 16]; 4], a: [&[f32]; 4], step: usize, b: &[f32], k: usize) {
+        let mut registers = [[0.0f32; 16]; 4];
+        for l in 0..k {
+            let b: &[f32; 16] = b[l * COLS..][..16].try_into().expect("16 elements");
+            for i in 0..4 {
+                let x = a[i][l * step];
+                for j in 0..16 {
+                    registers[i][j] = mul_add::<FMA>(x, b[j], registers[i][j]);
+                }
+            }
+        }
+        *sums = registers;
+    }
+}

@@ -1,0 +1,119 @@
+//! The innermost loop of an 8-bit product: a tile of sums of products of bytes, scaled and added to c in single precision.
+//!
+//! The sums are whole numbers below 2³¹ (255 · 127 · 256 for one block), so every instruction set finds the same ones.
+#![allow(unsafe_code)] // the instruction set itself: vector loads and stores through pointers
+#![allow(clippy::needless_range_loop)] // indices name registers of a tile; iterators would hide which
+
+use super::isa::{Isa, isa, simd_fn};
+use super::matrix::MatMut;
+use super::quantised::Panel;
+use super::tile::{COLS, ROWS, Update};
+
+/// c = a·b or c += a·b for one tile and one block along k: c(i, j) gets scale_a(i) · scale_b(j) · Σ q_a · q_b.
+pub fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update) {
+    let (rows, cols, _) = c.layout();
+    let words = a.bytes.len() / (4 * ROWS);
+    assert!(rows <= ROWS && cols <= COLS && a.bytes.len() == words * 4 * ROWS && b.bytes.len() == words * 4 * COLS);
+    assert!(a.scales.len() == ROWS && a.sums.len() == ROWS && b.scales.len() == COLS);
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 && has_vnni() {
+        // SAFETY: the features were asked for; the assertions above keep every load inside, and c is a view of its own elements.
+        return unsafe { vnni(c, a, b, words, update) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (isa(), Isa::Portable);
+    narrow(c, a, b, words, update);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_vnni() -> bool {
+    is_x86_feature_detected!("avx512vnni") // One load of a cached answer.
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,avx2,fma")]
+unsafe fn vnni(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
+    use std::arch::x86_64::*;
+    let (rows, cols, stride) = c.layout();
+    let c = c.as_mut_ptr();
+    for i in 0..rows {
+        // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(c.add(i * stride).cast()) };
+    }
+    let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
+    let (mut pa, mut pb) = (a.bytes.as_ptr(), b.bytes.as_ptr());
+    for _ in 0..words {
+        // SAFETY: step l reads the 4·COLS and 4·ROWS bytes of word l of both panels.
+        unsafe {
+            let (b0, b1) = (_mm512_loadu_si512(pb.cast()), _mm512_loadu_si512(pb.add(64).cast()));
+            for i in 0..ROWS {
+                let x = _mm512_set1_epi32(pa.add(4 * i).cast::<i32>().read_unaligned());
+                sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], b0, x);
+                sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], b1, x);
+            }
+            pb = pb.add(4 * COLS);
+            pa = pa.add(4 * ROWS);
+        }
+    }
+    // SAFETY: b has a scale for each of its COLS columns.
+    let scales = unsafe { [_mm512_loadu_ps(b.scales.as_ptr()), _mm512_loadu_ps(b.scales.as_ptr().add(16))] };
+    let masks = [super::tile::mask16(cols), super::tile::mask16(cols.saturating_sub(16))];
+    for i in 0..ROWS {
+        if i >= rows {
+            break;
+        }
+        // b holds q + 128: the sums have 128·Σ q_a too much.
+        let excess = _mm512_set1_epi32(a.sums[i] * 128);
+        let scale = _mm512_set1_ps(a.scales[i]);
+        for half in 0..2 {
+            // SAFETY: row i < rows of c, and of it the columns below `cols` by the mask.
+            unsafe {
+                let place = c.add(i * stride).wrapping_add(16 * half);
+                let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][half], excess));
+                let sum = _mm512_mul_ps(sum, _mm512_mul_ps(scale, scales[half]));
+                let sum = match update {
+                    Update::Set => sum,
+                    Update::Add => _mm512_add_ps(sum, _mm512_maskz_loadu_ps(masks[half], place)),
+                };
+                _mm512_mask_storeu_ps(place, masks[half], sum);
+            }
+        }
+    }
+}
+
+/// The tile by parts of 4 x 16.
+fn narrow(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
+    let (rows, cols, _) = c.layout();
+    for row in (0..rows).step_by(4) {
+        for col in (0..cols).step_by(16) {
+            let mut sums = [[0; 16]; 4];
+            part(&mut sums, &a.bytes[4 * row..], &b.bytes[4 * col..], words);
+            for (i, sums) in sums.iter().enumerate().take(rows - row) {
+                let (scale, width) = (a.scales[row + i], (cols - col).min(16));
+                for ((c, sum), b) in c.row_mut(row + i)[col..][..width].iter_mut().zip(sums).zip(&b.scales[col..]) {
+                    let sum = *sum as f32 * (scale * b);
+                    *c = if update == Update::Set { sum } else { *c + sum };
+                }
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// sums[i][j] = Σ q_a(i) · q_b(j) over four rows of a and sixteen columns of b.
+    fn part<FMA>(sums: &mut [[i32; 16]; 4], a: &[u8], b: &[u8], words: usize) {
+        let mut registers = [[0i32; 16]; 4];
+        for l in 0..words {
+            let b: &[u8; 64] = b[l * 4 * COLS..][..64].try_into().expect("64 bytes");
+            let a: &[u8; 16] = a[l * 4 * ROWS..][..16].try_into().expect("16 bytes");
+            for i in 0..4 {
+                for j in 0..16 {
+                    for byte in 0..4 {
+                        registers[i][j] += i32::from(a[4 * i + byte] as i8) * i32::from((b[4 * j + byte] ^ 0x80) as i8);
+                    }
+                }
+            }
+        }
+        *sums = registers;
+    }
+}
