@@ -50,6 +50,12 @@ impl RopeTable {
         self.cos.len() / self.half
     }
 
+    /// Rotates the heads of one row by the angles of `position`, backwards if `inverse`.
+    pub(crate) fn rotate_row(&self, row: &mut [f32], position: usize, inverse: bool) {
+        let (cos, sin) = self.row(position);
+        rotate(row, cos, sin, if inverse { -1.0 } else { 1.0 });
+    }
+
     fn row(&self, position: usize) -> (&[f32], &[f32]) {
         assert!(position < self.positions(), "position {position} in a table of {}", self.positions());
         (&self.cos[position * self.half..][..self.half], &self.sin[position * self.half..][..self.half])
@@ -64,20 +70,6 @@ pub fn apply_interleaved(x: &mut [f32], table: &RopeTable, heads: usize, pos_of_
         for (i, row) in x.chunks_exact_mut(width).enumerate() {
             let (cos, sin) = table.row(pos_of_row(task * ROWS_PER_TASK + i));
             rotate(row, cos, sin, if inverse { -1.0 } else { 1.0 });
-        }
-    });
-}
-
-/// `rotated` = x with every head rotated forwards, row i by the angles of `positions[i]`.
-pub(crate) fn rotate_into(rotated: &mut [f32], x: &[f32], table: &RopeTable, heads: usize, positions: &[u32]) {
-    let width = heads * table.head_dim();
-    assert!(rotated.len() == positions.len() * width && x.len() == rotated.len());
-    let rows = width * ROWS_PER_TASK;
-    rotated.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(positions.par_chunks(ROWS_PER_TASK)).for_each(|((rotated, x), positions)| {
-        rotated.copy_from_slice(x);
-        for (row, &position) in rotated.chunks_exact_mut(width).zip(positions) {
-            let (cos, sin) = table.row(position as usize);
-            rotate(row, cos, sin, 1.0);
         }
     });
 }

@@ -100,6 +100,11 @@ impl<'a> MatMut<'a> {
         MatMut { start: data.as_mut_ptr(), rows, cols, row_stride: stride, borrow: PhantomData }
     }
 
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Cuts the matrix into tiles: its rows at `row_bounds` (ascending, from 0 to the number of rows) and its columns every `width`, which
     /// divides their number. Tiles come row block by row block, and from left to right inside one.
     pub fn tiles(self, row_bounds: &[u32], width: usize) -> Vec<MatMut<'a>> {
@@ -154,12 +159,15 @@ impl<'a> MatMut<'a> {
         blocks
     }
 
-    /// Columns `cols` of the matrix, on their own.
-    pub fn columns(self, cols: Range<usize>) -> MatMut<'a> {
-        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
-        // SAFETY: unless the matrix has no rows its column cols.start lies within it (or, if no columns are taken, one past it).
-        let start = if self.rows == 0 || cols.is_empty() { self.start } else { unsafe { self.start.add(cols.start) } };
-        MatMut { start, cols: cols.len(), ..self }
+    /// The columns before `at`, and those from there on.
+    pub fn split_columns(self, at: usize) -> (MatMut<'a>, MatMut<'a>) {
+        assert!(at <= self.cols, "column {at} of {}", self.cols);
+        // SAFETY: unless the matrix is empty, column `at` of its first row lies within it or one past its end; the two parts are disjoint.
+        let right = if self.rows == 0 || at == self.cols { self.start } else { unsafe { self.start.add(at) } };
+        (
+            MatMut { cols: at, ..self },
+            MatMut { start: right, rows: self.rows, cols: self.cols - at, row_stride: self.row_stride, borrow: PhantomData },
+        )
     }
 
     /// One row.

@@ -61,7 +61,7 @@ impl<const W: usize> Packed<W> {
 }
 
 /// Writes rows `first..first + W` of x, column by column.
-pub(super) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize) {
+pub(crate) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize) {
     let (rows, k, (row_stride, col_stride), data) = (W.min(x.rows() - first), x.cols(), x.strides(), x.data());
     assert_eq!(out.len(), W * k);
     if row_stride == 1 && x.rows() > 1 {
@@ -82,7 +82,7 @@ pub(super) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize
 }
 
 /// `out[l * W + r]` = `rows[r][l]` for l < k; an empty row stands for zeros.
-pub(super) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: usize) {
+pub(crate) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: usize) {
     assert!(out.len() == W * k && rows.iter().all(|row| row.is_empty() || row.len() == k));
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]

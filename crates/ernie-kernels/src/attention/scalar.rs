@@ -1,7 +1,7 @@
 //! Attention and its gradient by plain loops in f64, the whole row of scores at a time.
 #![allow(clippy::needless_range_loop)] // Indices as in the formulas.
 
-use super::{Shape, positions};
+use super::{Mask, Shape};
 use crate::rope::RopeTable;
 use crate::rope::scalar::apply_interleaved;
 
@@ -9,33 +9,24 @@ use crate::rope::scalar::apply_interleaved;
 pub struct Forward {
     /// `[t, qh·d]`.
     pub out: Vec<f64>,
-    /// `[qh, t]`.
+    /// `[t, qh]`.
     pub lse: Vec<f64>,
 }
 
-/// Results of [`backward`].
-pub struct Backward {
-    /// `[t, qh·d]`.
-    pub dq: Vec<f64>,
-    /// `[t, kvh·d]`.
-    pub dk: Vec<f64>,
-    /// `[t, kvh·d]`.
-    pub dv: Vec<f64>,
-}
-
 /// See [`forward`](super::forward).
-pub fn forward(q: &[f64], k: &[f64], v: &[f64], cu_seqlens: &[u32], table: &RopeTable, shape: Shape) -> Forward {
-    let positions = positions(cu_seqlens);
+pub fn forward(qkv: &[f64], mask: Mask<'_>, table: &RopeTable, shape: Shape) -> Forward {
+    let positions = positions(mask.cu_seqlens);
     let (t, d) = (positions.len(), shape.head_dim);
+    let [q, k, v] = split(qkv, shape);
     let mut result = Forward { out: vec![0.0; q.len()], lse: vec![0.0; shape.q_heads * t] };
-    let (q, k) = rotated(q, k, &positions, table, shape);
+    let (q, k) = rotated(&q, &k, &positions, table, shape);
     for head in 0..shape.q_heads {
         for row in 0..t {
-            let (scores, first) = scores(&q, &k, head, row, &positions, shape);
+            let (scores, first) = scores(&q, &k, head, row, mask.first_seen(row - positions[row] as usize, row), shape);
             let sum: f64 = scores.iter().map(|s| s.exp()).sum();
-            result.lse[head * t + row] = sum.ln();
+            result.lse[row * shape.q_heads + head] = sum.ln();
             for (j, score) in scores.iter().enumerate() {
-                let v = kv_row(v, head, first + j, shape);
+                let v = kv_row(&v, head, first + j, shape);
                 for i in 0..d {
                     result.out[row * shape.q_width() + head * d + i] += score.exp() / sum * v[i];
                 }
@@ -45,22 +36,23 @@ pub fn forward(q: &[f64], k: &[f64], v: &[f64], cu_seqlens: &[u32], table: &Rope
     result
 }
 
-/// See [`backward`](super::backward).
-pub fn backward(q: &[f64], k: &[f64], v: &[f64], dout: &[f64], cu_seqlens: &[u32], table: &RopeTable, shape: Shape) -> Backward {
-    let positions = positions(cu_seqlens);
+/// dqkv; see [`backward`](super::backward).
+pub fn backward(qkv: &[f64], dout: &[f64], mask: Mask<'_>, table: &RopeTable, shape: Shape) -> Vec<f64> {
+    let positions = positions(mask.cu_seqlens);
+    let [q, k, v] = split(qkv, shape);
     let (t, d) = (positions.len(), shape.head_dim);
     let scale = 1.0 / (d as f64).sqrt();
-    let (q_rotated, k_rotated) = rotated(q, k, &positions, table, shape);
+    let (q_rotated, k_rotated) = rotated(&q, &k, &positions, table, shape);
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     for head in 0..shape.q_heads {
         for row in 0..t {
-            let (scores, first) = scores(&q_rotated, &k_rotated, head, row, &positions, shape);
+            let (scores, first) = scores(&q_rotated, &k_rotated, head, row, mask.first_seen(row - positions[row] as usize, row), shape);
             let sum: f64 = scores.iter().map(|s| s.exp()).sum();
             let p: Vec<f64> = scores.iter().map(|s| s.exp() / sum).collect();
             let q_at = row * shape.q_width() + head * d;
             let dp: Vec<f64> = (0..p.len())
                 .map(|j| {
-                    let v = kv_row(v, head, first + j, shape);
+                    let v = kv_row(&v, head, first + j, shape);
                     (0..d).map(|i| dout[q_at + i] * v[i]).sum()
                 })
                 .collect();
@@ -77,11 +69,21 @@ pub fn backward(q: &[f64], k: &[f64], v: &[f64], dout: &[f64], cu_seqlens: &[u32
         }
     }
     let position = |row: usize| positions[row] as usize;
-    Backward {
-        dq: apply_interleaved(&dq, table, shape.q_heads, position, true),
-        dk: apply_interleaved(&dk, table, shape.kv_heads, position, true),
-        dv,
-    }
+    let dq = apply_interleaved(&dq, table, shape.q_heads, position, true);
+    let dk = apply_interleaved(&dk, table, shape.kv_heads, position, true);
+    let rows = |x: &[f64], row: usize| x[row * x.len() / t..(row + 1) * x.len() / t].to_vec();
+    (0..t).flat_map(|row| [rows(&dq, row), rows(&dk, row), rows(&dv, row)].concat()).collect()
+}
+
+/// Queries, keys and values apart.
+fn split(qkv: &[f64], shape: Shape) -> [Vec<f64>; 3] {
+    let (q, kv) = (shape.q_width(), shape.kv_width());
+    [0..q, q..q + kv, q + kv..q + 2 * kv]
+        .map(|columns| qkv.chunks_exact(shape.qkv_width()).flat_map(|row| row[columns.clone()].to_vec()).collect())
+}
+
+fn positions(cu_seqlens: &[u32]) -> Vec<u32> {
+    cu_seqlens.windows(2).flat_map(|bounds| 0..bounds[1] - bounds[0]).collect()
 }
 
 fn rotated(q: &[f64], k: &[f64], positions: &[u32], table: &RopeTable, shape: Shape) -> (Vec<f64>, Vec<f64>) {
@@ -89,10 +91,9 @@ fn rotated(q: &[f64], k: &[f64], positions: &[u32], table: &RopeTable, shape: Sh
     (apply_interleaved(q, table, shape.q_heads, position, false), apply_interleaved(k, table, shape.kv_heads, position, false))
 }
 
-/// The scaled scores of one query, and the row of the first key they belong to.
-fn scores(q: &[f64], k: &[f64], head: usize, row: usize, positions: &[u32], shape: Shape) -> (Vec<f64>, usize) {
+/// The scaled scores of one query against the keys from `first` on, and `first`.
+fn scores(q: &[f64], k: &[f64], head: usize, row: usize, first: usize, shape: Shape) -> (Vec<f64>, usize) {
     let d = shape.head_dim;
-    let first = row - positions[row] as usize;
     let q = &q[row * shape.q_width() + head * d..][..d];
     let score = |j: usize| q.iter().zip(kv_row(k, head, j, shape)).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
     ((first..=row).map(score).collect(), first)
