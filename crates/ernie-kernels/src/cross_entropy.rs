@@ -5,8 +5,9 @@
 
 use rayon::prelude::*;
 
-use crate::arch::gemm::{Threads, Update, product};
-use crate::arch::matrix::{Mat, MatMut};
+use crate::arch::gemm::Update;
+use crate::linear::{Backward, Forward, Layers};
+use crate::matmul::Precision;
 use crate::row::{exponentials, log_sum_exp, scale};
 use crate::scratch::Scratch;
 
@@ -22,8 +23,8 @@ const MIN_CHUNK: usize = 64;
 /// The negative log-likelihood of each target, 0 where it is [`IGNORE`].
 ///
 /// `h[t, hidden]`, `w[vocabulary, hidden]`, `targets[t]`; t = `targets.len()`, and the other sizes follow.
-pub fn loss(h: &[f32], w: &[f32], targets: &[i32]) -> Vec<f32> {
-    let head = Head::new(h, w, targets);
+pub fn loss(h: &[f32], w: &[f32], targets: &[i32], precision: Precision) -> Vec<f32> {
+    let head = Head::new(h, w, targets, precision);
     let mut nll = vec![0.0; targets.len()];
     head.for_each_chunk(|rows, _, logits| {
         let values: Vec<f32> = logits
@@ -40,20 +41,29 @@ pub fn loss(h: &[f32], w: &[f32], targets: &[i32]) -> Vec<f32> {
 
 /// The mean loss over the tokens whose target is not [`IGNORE`], and its gradients `dh[t, hidden]` and `dw[vocabulary, hidden]` (both overwritten).
 /// Where every target is ignored the loss and the gradients are 0.
-pub fn loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f32], targets: &[i32]) -> f32 {
+pub fn loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f32], targets: &[i32], precision: Precision) -> f32 {
     let count = targets.iter().filter(|&&target| target != IGNORE).count().max(1);
-    let nll = weighted_loss_and_grad(dh, dw, h, w, targets, &vec![1.0 / count as f32; targets.len()]);
+    let nll = weighted_loss_and_grad(dh, dw, h, w, targets, &vec![1.0 / count as f32; targets.len()], precision);
     (nll.iter().map(|&nll| f64::from(nll)).sum::<f64>() / count as f64) as f32
 }
 
 /// As [`loss`], and the gradients dh and dw (both overwritten) of Σ `weights[i]`·`nll[i]`: for means over several batches, or importance weights.
-pub fn weighted_loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f32], targets: &[i32], weights: &[f32]) -> Vec<f32> {
-    let head = Head::new(h, w, targets);
+pub fn weighted_loss_and_grad(
+    dh: &mut [f32],
+    dw: &mut [f32],
+    h: &[f32],
+    w: &[f32],
+    targets: &[i32],
+    weights: &[f32],
+    precision: Precision,
+) -> Vec<f32> {
+    let head = Head::new(h, w, targets, precision);
     let hidden = head.hidden;
     assert!(dh.len() == h.len() && dw.len() == w.len() && weights.len() == targets.len(), "a gradient must be shaped as its operand");
     dh.fill(0.0);
     let mut nll = vec![0.0; targets.len()];
     let mut update = Update::Set;
+    let backward = Backward::new(head.layers(), precision);
     head.for_each_chunk(|rows, h, logits| {
         let values: Vec<f32> = logits
             .par_chunks_mut(head.vocabulary)
@@ -63,12 +73,10 @@ pub fn weighted_loss_and_grad(dh: &mut [f32], dw: &mut [f32], h: &[f32], w: &[f3
         for (&row, value) in rows.iter().zip(values) {
             nll[row] = value;
         }
-        let dlogits = Mat::new(logits, rows.len(), head.vocabulary);
-        let w = Mat::new(w, head.vocabulary, hidden);
-        product(MatMut::new(dw, head.vocabulary, hidden), dlogits.t(), h, 1.0, update, Threads::All);
+        backward.weights(&mut [dw], logits, h, update);
         update = Update::Add;
         let mut dh_chunk = Scratch::take(rows.len() * hidden);
-        product(MatMut::new(&mut dh_chunk, rows.len(), hidden), dlogits, w, 1.0, Update::Set, Threads::All);
+        backward.input(&mut dh_chunk, logits);
         for (&row, chunk_row) in rows.iter().zip(dh_chunk.chunks_exact(hidden)) {
             dh[row * hidden..][..hidden].copy_from_slice(chunk_row);
         }
@@ -90,7 +98,8 @@ fn gradient_in_place(logits: &mut [f32], target: usize, weight: f32) -> f32 {
 
 struct Head<'a> {
     h: &'a [f32],
-    w: &'a [f32],
+    w: [&'a [f32]; 1],
+    precision: Precision,
     hidden: usize,
     vocabulary: usize,
     /// Rows of h whose target is not ignored; the others are left out of every product.
@@ -98,7 +107,7 @@ struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    fn new(h: &'a [f32], w: &'a [f32], targets: &[i32]) -> Self {
+    fn new(h: &'a [f32], w: &'a [f32], targets: &[i32], precision: Precision) -> Self {
         let hidden = h.len() / targets.len().max(1);
         assert!(hidden > 0 && h.len() == hidden * targets.len(), "{} hidden values for {} targets", h.len(), targets.len());
         assert!(w.len().is_multiple_of(hidden), "{} weights are no rows of {hidden}", w.len());
@@ -111,22 +120,25 @@ impl<'a> Head<'a> {
                 targets[row]
             );
         }
-        Head { h, w, hidden, vocabulary, rows }
+        Head { h, w: [w], precision, hidden, vocabulary, rows }
+    }
+
+    fn layers(&self) -> Layers<'_> {
+        Layers { weights: &self.w, k: self.hidden }
     }
 
     /// Calls `f` with each chunk's rows of h, those rows gathered, and their logits.
-    fn for_each_chunk(&self, mut f: impl FnMut(&[usize], Mat<'_>, &mut [f32])) {
+    fn for_each_chunk(&self, mut f: impl FnMut(&[usize], &[f32], &mut [f32])) {
         let chunk = (MAX_LOGITS / self.vocabulary.max(1)).clamp(MIN_CHUNK, MAX_CHUNK).min(self.rows.len().max(1));
         let mut gathered = Scratch::take(chunk * self.hidden);
         let mut logits = Scratch::take(chunk * self.vocabulary);
+        let forward = Forward::new(self.layers(), self.precision);
         for rows in self.rows.chunks(chunk) {
             for (&row, copy) in rows.iter().zip(gathered.chunks_exact_mut(self.hidden)) {
                 copy.copy_from_slice(&self.h[row * self.hidden..][..self.hidden]);
             }
-            let h = Mat::block(&gathered, self.hidden, 0..rows.len(), 0..self.hidden);
-            let w = Mat::new(self.w, self.vocabulary, self.hidden);
-            let logits = &mut logits[..rows.len() * self.vocabulary];
-            product(MatMut::new(logits, rows.len(), self.vocabulary), h, w.t(), 1.0, Update::Set, Threads::All);
+            let (h, logits) = (&gathered[..rows.len() * self.hidden], &mut logits[..rows.len() * self.vocabulary]);
+            forward.run(logits, h, Update::Set);
             f(rows, h, logits);
         }
     }
@@ -176,6 +188,7 @@ pub mod scalar {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matmul::Precision::{F32, Int8Mixed};
     use crate::testing::{Random, assert_close, assert_gradient, narrow, wide};
 
     fn targets(random: &mut Random, t: usize, vocabulary: usize, ignore_every: usize) -> Vec<i32> {
@@ -191,17 +204,17 @@ mod tests {
             let (h, w) = (random.vec(t * hidden, 2.0), random.vec(vocabulary * hidden, 2.0));
             let (targets, weights) = (targets(&mut random, t, vocabulary, ignore_every), random.vec(t, 1.0));
             let expected = scalar::loss(&wide(&h), &wide(&w), &targets);
-            assert_close("loss", &loss(&h, &w, &targets), &narrow(&expected), 2e-6);
+            assert_close("loss", &loss(&h, &w, &targets, F32), &narrow(&expected), 2e-6);
 
             let (mut dh, mut dw) = (vec![f32::NAN; h.len()], vec![f32::NAN; w.len()]);
-            let nll = weighted_loss_and_grad(&mut dh, &mut dw, &h, &w, &targets, &weights);
+            let nll = weighted_loss_and_grad(&mut dh, &mut dw, &h, &w, &targets, &weights, F32);
             assert_close("nll", &nll, &narrow(&expected), 2e-6);
             let (dh_expected, dw_expected) = scalar::gradients(&wide(&h), &wide(&w), &targets, &wide(&weights));
             assert_close("dh", &dh, &narrow(&dh_expected), 1e-5);
             assert_close("dw", &dw, &narrow(&dw_expected), 1e-5);
 
             let kept = targets.iter().filter(|&&target| target != IGNORE).count().max(1) as f64;
-            let mean = loss_and_grad(&mut dh, &mut dw, &h, &w, &targets);
+            let mean = loss_and_grad(&mut dh, &mut dw, &h, &w, &targets, F32);
             assert_close("mean", &[mean], &[(expected.iter().sum::<f64>() / kept) as f32], 2e-6);
             let (dh_expected, dw_expected) = scalar::gradients(&wide(&h), &wide(&w), &targets, &vec![1.0 / kept; t]);
             assert_close("dh of the mean", &dh, &narrow(&dh_expected), 1e-5);
@@ -210,11 +223,31 @@ mod tests {
     }
 
     #[test]
+    fn rounded_products_give_nearly_the_same_loss_and_gradient() {
+        let mut random = Random::new(13);
+        let (t, hidden, vocabulary) = (300, 64, 500);
+        let (h, w, weights) = (random.vec(t * hidden, 1.0), random.vec(vocabulary * hidden, 0.3), vec![1.0 / t as f32; t]);
+        let targets = targets(&mut random, t, vocabulary, 9);
+        let run = |precision| {
+            let (mut dh, mut dw) = (vec![f32::NAN; h.len()], vec![f32::NAN; w.len()]);
+            let nll = weighted_loss_and_grad(&mut dh, &mut dw, &h, &w, &targets, &weights, precision);
+            [nll, dh, dw]
+        };
+        for ((name, exact), (rounded, tolerance)) in
+            ["nll", "dh", "dw"].iter().zip(run(F32)).zip(run(Int8Mixed).iter().zip([0.01, 0.05, 0.1]))
+        {
+            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            let error = norm(&mut exact.iter().zip(rounded).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
+            assert!(error < tolerance, "{name}: {error}");
+        }
+    }
+
+    #[test]
     fn gradients_equal_differences() {
         let mut random = Random::new(12);
         let (h, w, targets) = (random.vec(5 * 4, 2.0), random.vec(7 * 4, 2.0), [3, IGNORE, 0, 6, 3]);
         let (mut dh, mut dw) = (vec![0.0; h.len()], vec![0.0; w.len()]);
-        loss_and_grad(&mut dh, &mut dw, &h, &w, &targets);
+        loss_and_grad(&mut dh, &mut dw, &h, &w, &targets, F32);
         let mean = |h: &[f64], w: &[f64]| scalar::loss(h, w, &targets).iter().sum::<f64>() / 4.0;
         assert_gradient("dh", &dh, &h, |h| mean(h, &wide(&w)));
         assert_gradient("dw", &dw, &w, |w| mean(&wide(&h), w));
@@ -223,9 +256,9 @@ mod tests {
     #[test]
     fn large_logits_do_not_overflow() {
         let (mut dh, mut dw) = ([0.0; 1], [0.0; 2]);
-        let mean = loss_and_grad(&mut dh, &mut dw, &[1000.0], &[1.0, -1.0], &[1]);
+        let mean = loss_and_grad(&mut dh, &mut dw, &[1000.0], &[1.0, -1.0], &[1], F32);
         assert_eq!(mean, 2000.0);
-        assert_eq!(loss(&[1000.0], &[1.0, -1.0], &[0]), [0.0]);
+        assert_eq!(loss(&[1000.0], &[1.0, -1.0], &[0], F32), [0.0]);
         assert!(dh[0] == 2.0 && dw == [1000.0, -1000.0]);
     }
 }

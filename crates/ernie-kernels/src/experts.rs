@@ -10,18 +10,18 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::arch::gemm::{Threads, Update, product};
+use crate::arch::gemm::{Threads, Update};
 use crate::arch::isa::{mul_add, simd_fn};
 use crate::arch::matrix::{Mat, MatMut};
+use crate::arch::quantised::Rounding;
 use crate::linear::{add_rows, add_to_rows};
+use crate::matmul::{Left, Precision, Right, multiply};
 use crate::row::{dot, scale};
 use crate::scratch::Scratch;
 use crate::swiglu;
 
 /// Places of one task. An expert's weights are packed anew for each block, so small blocks waste time and large ones leave threads idle.
-const BLOCK_PLACES: usize = 256;
-/// Rows of a weight gradient computed by one task.
-const BLOCK_WEIGHT_ROWS: usize = 256;
+const BLOCK_PLACES: usize = 512;
 /// Tokens of one task where the experts' outputs are put together.
 const BLOCK_TOKENS: usize = 32;
 
@@ -61,12 +61,14 @@ pub struct Weights<'a> {
     pub up_bias: Option<&'a [f32]>,
     /// `[e, h]`.
     pub down_bias: Option<&'a [f32]>,
+    /// Of the products.
+    pub precision: Precision,
 }
 
 impl<'a> Weights<'a> {
     /// Experts without biases.
-    pub fn new(gate: &'a [f32], up: &'a [f32], down: &'a [f32]) -> Self {
-        Weights { gate, up, down, gate_bias: None, up_bias: None, down_bias: None }
+    pub fn new(gate: &'a [f32], up: &'a [f32], down: &'a [f32], precision: Precision) -> Self {
+        Weights { gate, up, down, gate_bias: None, up_bias: None, down_bias: None, precision }
     }
 
     fn check(&self, shape: Shape) {
@@ -136,11 +138,12 @@ pub fn forward(y: &mut [f32], x: &[f32], weights: &Weights<'_>, indices: &[u32],
         let mut x_rows = Scratch::take(rows * h);
         grouping.gather(&mut x_rows, x, block, h);
         let expert = Expert::of(weights, block.expert, shape);
+        let x_rows = expert.left(&x_rows, rows);
         expert.linear(gate, &x_rows, expert.gate, expert.gate_bias, rows);
         expert.linear(up, &x_rows, expert.up, expert.up_bias, rows);
         let mut activation = Scratch::take(rows * i);
         swiglu::forward_block(&mut activation, gate, up);
-        expert.linear(output, &activation, expert.down, expert.down_bias, rows);
+        expert.linear(output, &expert.left(&activation, rows), expert.down, expert.down_bias, rows);
     });
     grouping.combine(y, &outputs, Some(routing), h);
     Saved { shape, grouping, gate, up }
@@ -181,7 +184,7 @@ pub fn backward(saved: &Saved, gradients: Gradients<'_>, x: &[f32], weights: &We
         swiglu::forward_block(activation, gate, up);
         let mut dactivation = Scratch::take(rows * i);
         let dy_mat = Mat::new(dy_rows, rows, h);
-        product(MatMut::new(&mut dactivation, rows, i), dy_mat, Mat::new(expert.down, h, i), 1.0, Update::Set, Threads::One);
+        expert.input_gradient(&mut dactivation, &[(dy_mat, Mat::new(expert.down, h, i))]);
         for (row, place) in block.places.clone().enumerate() {
             let weight = routing[grouping.pairs[place] as usize];
             let (a, da) = (&mut activation[row * i..][..i], &mut dactivation[row * i..][..i]);
@@ -191,16 +194,16 @@ pub fn backward(saved: &Saved, gradients: Gradients<'_>, x: &[f32], weights: &We
             scale(da, weight);
         }
         swiglu::backward_block(dgate, dup, gate, up, &dactivation);
-        product(MatMut::new(dx_rows, rows, h), Mat::new(dgate, rows, i), Mat::new(expert.gate, i, h), 1.0, Update::Set, Threads::One);
-        product(MatMut::new(dx_rows, rows, h), Mat::new(dup, rows, i), Mat::new(expert.up, i, h), 1.0, Update::Add, Threads::One);
+        let (dgate, dup) = (Mat::new(dgate, rows, i), Mat::new(dup, rows, i));
+        expert.input_gradient(dx_rows, &[(dgate, Mat::new(expert.gate, i, h)), (dup, Mat::new(expert.up, i, h))]);
     });
     for (&pair, &value) in grouping.pairs.iter().zip(drouting.iter()) {
         gradients.routing[pair as usize] = value;
     }
     grouping.combine(gradients.x, &dx_rows, None, h);
-    grouping.weight_gradient(gradients.gate, &dgate, i, &x_rows, h);
-    grouping.weight_gradient(gradients.up, &dup, i, &x_rows, h);
-    grouping.weight_gradient(gradients.down, &dy_rows, h, &activation, i);
+    let precision = weights.precision;
+    grouping.weight_gradients([gradients.gate, gradients.up], [&dgate, &dup], i, &x_rows, h, precision);
+    grouping.weight_gradients([gradients.down], [&dy_rows], h, &activation, i, precision);
     if let Some(sum) = gradients.gate_bias {
         assert!(weights.gate_bias.is_some(), "these experts have no gate bias");
         grouping.bias_gradient(sum, &dgate, i);
@@ -226,6 +229,7 @@ struct Expert<'a> {
     gate_bias: Option<&'a [f32]>,
     up_bias: Option<&'a [f32]>,
     down_bias: Option<&'a [f32]>,
+    precision: Precision,
 }
 
 impl<'a> Expert<'a> {
@@ -239,16 +243,31 @@ impl<'a> Expert<'a> {
             gate_bias: weights.gate_bias.map(|bias| part(bias, i)),
             up_bias: weights.up_bias.map(|bias| part(bias, i)),
             down_bias: weights.down_bias.map(|bias| part(bias, h)),
+            precision: weights.precision,
         }
     }
 
+    /// x `[rows, k]`, ready for products.
+    fn left(&self, x: &[f32], rows: usize) -> Left {
+        Left::new(&[Mat::new(x, rows, x.len() / rows)], self.precision, Rounding::Nearest, Threads::One)
+    }
+
     /// `y[rows, n]` = `x[rows, k]`·`w[n, k]ᵀ` + bias on this thread; n and k follow from the lengths.
-    fn linear(&self, y: &mut [f32], x: &[f32], w: &[f32], bias: Option<&[f32]>, rows: usize) {
-        let (n, k) = (y.len() / rows, x.len() / rows);
-        product(MatMut::new(y, rows, n), Mat::new(x, rows, k), Mat::new(w, n, k).t(), 1.0, Update::Set, Threads::One);
+    fn linear(&self, y: &mut [f32], x: &Left, w: &[f32], bias: Option<&[f32]>, rows: usize) {
+        let n = y.len() / rows;
+        let w = Right::new(&[Mat::new(w, n, w.len() / n)], self.precision, Threads::One);
+        multiply(MatMut::new(y, rows, n), x, &w, Update::Set, Threads::One);
         if let Some(bias) = bias {
             add_to_rows(y, bias);
         }
+    }
+
+    /// `dx[rows, k]` = Σ `dy[rows, n]`·`w[n, k]` over pairs of dy and w.
+    fn input_gradient(&self, dx: &mut [f32], pairs: &[(Mat<'_>, Mat<'_>)]) {
+        let (dy, w): (Vec<Mat<'_>>, Vec<Mat<'_>>) = pairs.iter().map(|(dy, w)| (*dy, w.t())).unzip();
+        let rows = dy[0].rows();
+        let dy = Left::new(&dy, self.precision, Rounding::Stochastic, Threads::One);
+        multiply(MatMut::new(dx, rows, dx.len() / rows), &dy, &Right::new(&w, self.precision, Threads::One), Update::Set, Threads::One);
     }
 }
 
@@ -333,23 +352,30 @@ impl Grouping {
         });
     }
 
-    /// `dw[e, out, in]` = Σ over the expert's places of `dy[n, out]ᵀ`·`x[n, in]`.
-    fn weight_gradient(&self, dw: &mut [f32], dy: &[f32], outputs: usize, x: &[f32], inputs: usize) {
-        assert_eq!(dw.len(), (self.bounds.len() - 1) * outputs * inputs, "a weight gradient must be shaped as its weight");
-        let tasks: Vec<(usize, usize, &mut [f32])> = dw
-            .chunks_exact_mut(outputs * inputs)
-            .enumerate()
-            .flat_map(|(expert, dw)| {
-                let parts = dw.chunks_mut(BLOCK_WEIGHT_ROWS * inputs).enumerate();
-                parts.map(move |(part, dw)| (expert, part * BLOCK_WEIGHT_ROWS, dw))
-            })
-            .collect();
-        tasks.into_par_iter().for_each(|(expert, first, dw)| {
+    /// Each `dw[e, out, in]` = Σ over the expert's places of its `dy[n, out]ᵀ`·`x[n, in]`.
+    fn weight_gradients<const N: usize>(
+        &self,
+        dw: [&mut [f32]; N],
+        dy: [&[f32]; N],
+        outputs: usize,
+        x: &[f32],
+        inputs: usize,
+        precision: Precision,
+    ) {
+        let experts = self.bounds.len() - 1;
+        assert!(dw.iter().all(|dw| dw.len() == experts * outputs * inputs), "a weight gradient must be shaped as its weight");
+        let mut tasks: Vec<Vec<&mut [f32]>> = (0..experts).map(|_| Vec::with_capacity(N)).collect();
+        for dw in dw {
+            tasks.iter_mut().zip(dw.chunks_exact_mut(outputs * inputs)).for_each(|(task, dw)| task.push(dw));
+        }
+        tasks.into_par_iter().enumerate().for_each(|(expert, dw)| {
             let places = self.bounds[expert]..self.bounds[expert + 1];
-            let rows = dw.len() / inputs;
-            let dy = Mat::block(dy, outputs, places.clone(), first..first + rows);
-            let x = Mat::block(x, inputs, places, 0..inputs);
-            product(MatMut::new(dw, rows, inputs), dy.t(), x, 1.0, Update::Set, Threads::One);
+            let x = Right::new(&[Mat::block(x, inputs, places.clone(), 0..inputs).t()], precision, Threads::One);
+            for (dw, dy) in dw.into_iter().zip(dy) {
+                let dy =
+                    Left::new(&[Mat::block(dy, outputs, places.clone(), 0..outputs).t()], precision, Rounding::Stochastic, Threads::One);
+                multiply(MatMut::new(dw, outputs, inputs), &dy, &x, Update::Set, Threads::One);
+            }
         });
     }
 

@@ -12,11 +12,13 @@ pub mod embedding;
 pub mod experts;
 pub mod linear;
 pub mod matmul;
+pub mod norm_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
 mod row;
-mod scratch;
+pub mod scratch;
 pub mod swiglu;
+pub mod swiglu_linear;
 #[cfg(test)]
 mod testing;

@@ -1,7 +1,66 @@
-//! Matrix products, row-major, in three layouts. The names say how `a` and `b` are stored: n as in the formula, t transposed.
+//! Matrix products, row-major, in three layouts; and products whose operands are prepared once and used several times, in either precision.
 
-use crate::arch::gemm::{Threads, Update, product};
+use crate::arch::gemm::{Threads, Update, product, product_packed};
+use crate::arch::gemm_i8::{Left8, Right8, product_packed8};
 use crate::arch::matrix::{Mat, MatMut};
+use crate::arch::pack::Packed;
+use crate::arch::quantised::Rounding;
+use crate::arch::tile::{COLS, ROWS};
+
+/// How the large products of training are computed. Everything else is in f32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Operands, products and sums in f32.
+    #[default]
+    F32,
+    /// Operands rounded to 8 bits with a scale per row and 256 elements, gradients stochastically; products summed exactly, then in f32.
+    Int8Mixed,
+}
+
+/// The left operand of a product, `[m, k]`, ready for use in several products.
+pub enum Left {
+    /// As it is.
+    F32(Packed<ROWS>),
+    /// Rounded.
+    Int8(Left8),
+}
+
+impl Left {
+    /// Matrices of equal height, one beside the other along k.
+    pub fn new(parts: &[Mat<'_>], precision: Precision, rounding: Rounding, threads: Threads) -> Self {
+        match precision {
+            Precision::F32 => Left::F32(Packed::stacked(parts, threads)),
+            Precision::Int8Mixed => Left::Int8(Left8::stacked(parts, rounding, threads)),
+        }
+    }
+}
+
+/// The right operand of a product, transposed, `[n, k]`, ready for use in several products.
+pub enum Right {
+    /// As it is.
+    F32(Packed<COLS>),
+    /// Rounded to nearest.
+    Int8(Right8),
+}
+
+impl Right {
+    /// Matrices of equal height, one beside the other along k; 8-bit ones are rounded to nearest.
+    pub fn new(parts: &[Mat<'_>], precision: Precision, threads: Threads) -> Self {
+        match precision {
+            Precision::F32 => Right::F32(Packed::stacked(parts, threads)),
+            Precision::Int8Mixed => Right::Int8(Right8::stacked(parts, Rounding::Nearest, threads)),
+        }
+    }
+}
+
+/// c = a·b or c += a·b. Operands of 8 bits must have been stacked from parts of the same lengths.
+pub fn multiply(c: MatMut<'_>, a: &Left, b: &Right, update: Update, threads: Threads) {
+    match (a, b) {
+        (Left::F32(a), Right::F32(b)) => product_packed(c, a, b, 1.0, update, threads),
+        (Left::Int8(a), Right::Int8(b)) => product_packed8(c, a, b, update, threads),
+        _ => panic!("operands of one product in different precisions"),
+    }
+}
 
 fn update(accumulate: bool) -> Update {
     if accumulate { Update::Add } else { Update::Set }

@@ -10,6 +10,7 @@ const KEPT: usize = 12;
 
 thread_local! {
     static POOL: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    static TENSORS: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A borrowed buffer of `f32`, given back to the thread that drops it.
@@ -28,6 +29,39 @@ impl Scratch {
             best.map(|i| pool.remove(i))
         });
         Scratch { buffer: kept.unwrap_or_else(|| vec![0.0; len]), len }
+    }
+}
+
+/// Buffers for the values of tensors, which live from the forward to the backward pass: more of them than temporaries, and of few sizes, which come
+/// again every step.
+const KEPT_TENSORS: usize = 1024;
+
+/// `len` elements **with arbitrary contents**, from what [`recycle`] was given or else new.
+pub fn take_buffer(len: usize) -> Vec<f32> {
+    let fits = len..=len + len / 8;
+    let kept = TENSORS.with_borrow_mut(|pool| {
+        let best = (0..pool.len()).filter(|&i| fits.contains(&pool[i].capacity())).min_by_key(|&i| pool[i].capacity());
+        best.map(|i| pool.swap_remove(i))
+    });
+    match kept {
+        Some(mut buffer) => {
+            buffer.resize(len, 0.0);
+            buffer
+        }
+        None => vec![0.0; len],
+    }
+}
+
+/// Gives a buffer that is no longer needed to this thread, for its next [`take_buffer`] of about that size.
+pub fn recycle(buffer: Vec<f32>) {
+    if buffer.capacity() > 0 {
+        let _ = TENSORS.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            pool.push(buffer);
+            if pool.len() > KEPT_TENSORS {
+                pool.remove(0);
+            }
+        });
     }
 }
 

@@ -4,8 +4,8 @@
 use rayon::prelude::*;
 
 use super::gemm::{Threads, Update, task_shape};
-use super::matrix::{Mat, MatMut};
-use super::quantised::{BLOCK, Packed8, Rounding};
+use super::matrix::MatMut;
+use super::quantised::Packed8;
 use super::tile::{COLS, ROWS};
 use super::tile_i8::tile;
 
@@ -14,20 +14,12 @@ pub type Left8 = Packed8<ROWS, false>;
 /// A right operand, transposed, `[n, k]`.
 pub type Right8 = Packed8<COLS, true>;
 
-/// c ≈ a·b, or c += a·b, with both operands rounded as told.
-pub fn product_i8(c: MatMut<'_>, a: (Mat<'_>, Rounding), b: (Mat<'_>, Rounding), update: Update, threads: Threads) {
-    let (m, n, _) = c.layout();
-    if m > 0 && n > 0 {
-        product_packed8(c, &Left8::new(a.0, a.1, threads), &Right8::new(b.0.t(), b.1, threads), update, threads);
-    }
-}
-
-/// [`product_i8`] of operands that are quantised already. Both must have been stacked from parts of the same lengths along k.
+/// c = a·b or c += a·b, for a `[m, k]` and b transposed, `[n, k]`. Both must have been stacked from parts of the same lengths along k.
 pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, threads: Threads) {
     let (m, n, _) = c.layout();
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
-    assert!(a.blocks() == b.blocks() && a.blocks() == k.div_ceil(BLOCK), "operands of an 8-bit product stacked from unlike parts");
+    assert!(a.starts() == b.starts(), "operands of an 8-bit product stacked from unlike parts");
     let (task_rows, task_cols) = task_shape(m, n);
     let tasks = c.cut(task_rows, task_cols);
     let run = |(row, col, mut c): (usize, usize, MatMut<'_>)| {
@@ -35,13 +27,12 @@ pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, thr
         if k == 0 && update == Update::Set {
             c.fill(0.0);
         }
-        for block in 0..a.blocks() {
-            let words = block * (BLOCK / 4)..(k.min((block + 1) * BLOCK)).div_ceil(4);
+        for block in 0..a.starts().len() - 1 {
             let update = if block == 0 { update } else { Update::Add };
             for j in (0..cols).step_by(COLS) {
-                let b = b.panel((col + j) / COLS, block, words.clone());
+                let b = b.panel((col + j) / COLS, block);
                 for i in (0..rows).step_by(ROWS) {
-                    let a = a.panel((row + i) / ROWS, block, words.clone());
+                    let a = a.panel((row + i) / ROWS, block);
                     tile(&mut c.block(i..(i + ROWS).min(rows), j..(j + COLS).min(cols)), a, b, update);
                 }
             }
@@ -56,6 +47,8 @@ pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, thr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::matrix::Mat;
+    use crate::arch::quantised::Rounding;
     use crate::matmul::scalar::matmul;
     use crate::testing::{Random, assert_close};
 

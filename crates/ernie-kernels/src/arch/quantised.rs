@@ -45,6 +45,8 @@ pub struct Packed8<const W: usize, const OFFSET: bool> {
     sums: Vec<i32>,
     rows: usize,
     k: usize,
+    /// Where each block starts along k, in words of four bytes, and where the last one ends.
+    starts: Vec<usize>,
 }
 
 /// One block of one panel.
@@ -68,7 +70,11 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
             .iter()
             .flat_map(|&part| (0..part.cols()).step_by(BLOCK).map(move |from| (part, from, BLOCK.min(part.cols() - from))))
             .collect();
-        let words: usize = blocks.iter().map(|(_, _, length)| length.div_ceil(4)).sum();
+        let mut starts = vec![0];
+        for (_, _, length) in &blocks {
+            starts.push(starts[starts.len() - 1] + length.div_ceil(4));
+        }
+        let words = starts[blocks.len()];
         let panels = rows.div_ceil(W);
         let mut data = Scratch::take(panels * W * words);
         let (mut scales, mut sums) = (vec![0.0; panels * blocks.len() * W], vec![0; panels * blocks.len() * W]);
@@ -96,7 +102,7 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
             }
         }
         let k = parts.iter().map(Mat::cols).sum();
-        Packed8 { data, scales, sums, rows, k }
+        Packed8 { data, scales, sums, rows, k, starts }
     }
 
     /// Quantises and packs one matrix.
@@ -114,16 +120,16 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         self.k
     }
 
-    /// Number of blocks along k.
-    pub fn blocks(&self) -> usize {
-        self.scales.len() / (self.rows.div_ceil(W) * W).max(1)
+    /// Where the blocks start along k, in words of four bytes, and where the last one ends: operands of one product must have the same.
+    pub fn starts(&self) -> &[usize] {
+        &self.starts
     }
 
-    /// A block of a panel, given the words (of four bytes along k) before it and in it.
-    pub fn panel(&self, panel: usize, block: usize, words: std::ops::Range<usize>) -> Panel<'_> {
-        let blocks = self.blocks();
-        let all = self.data.len() / (self.rows.div_ceil(W) * W);
-        let bytes = bytemuck::cast_slice(&self.data[(panel * all + words.start) * W..][..words.len() * W]);
+    /// A block of a panel.
+    pub fn panel(&self, panel: usize, block: usize) -> Panel<'_> {
+        let (blocks, words) = (self.starts.len() - 1, self.starts[self.starts.len() - 1]);
+        let (start, end) = (self.starts[block], self.starts[block + 1]);
+        let bytes = bytemuck::cast_slice(&self.data[(panel * words + start) * W..][..(end - start) * W]);
         let place = (panel * blocks + block) * W;
         Panel { bytes, scales: &self.scales[place..][..W], sums: &self.sums[place..][..W] }
     }
@@ -138,7 +144,7 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
                 let bytes: &[u8] = bytemuck::cast_slice(&self.data[row / W * W * words..][..W * words]);
                 let byte = bytes[(l / 4 * W + row % W) * 4 + l % 4];
                 let q = if OFFSET { i32::from(byte) - 128 } else { i32::from(byte as i8) };
-                values[row * self.k + l] = q as f32 * self.scales[(row / W * self.blocks() + l / BLOCK) * W + row % W];
+                values[row * self.k + l] = q as f32 * self.panel(row / W, l / BLOCK).scales[row % W];
             }
         }
         values
@@ -458,7 +464,7 @@ mod tests {
             let mut x = vec![1.0; 2 * 300];
             x[301] = bad;
             let packed = Packed8::<12, false>::new(Mat::new(&x, 2, 300), Rounding::Nearest, Threads::One);
-            assert!(packed.panel(0, 0, 0..64).scales[1].is_nan());
+            assert!(packed.panel(0, 0).scales[1].is_nan());
         }
         let packed = Packed8::<12, false>::new(Mat::new(&[0.0; 8], 2, 4), Rounding::Stochastic, Threads::One);
         assert_eq!(packed.dequantised(), [0.0; 8]);

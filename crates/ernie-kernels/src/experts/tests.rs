@@ -43,7 +43,15 @@ impl Case {
 
     fn weights(&self) -> Weights<'_> {
         let bias = |which: usize| self.biases.as_ref().map(|biases| &biases[which][..]);
-        Weights { gate: &self.gate, up: &self.up, down: &self.down, gate_bias: bias(0), up_bias: bias(1), down_bias: bias(2) }
+        Weights {
+            gate: &self.gate,
+            up: &self.up,
+            down: &self.down,
+            gate_bias: bias(0),
+            up_bias: bias(1),
+            down_bias: bias(2),
+            precision: Precision::F32,
+        }
     }
 
     fn scalar_weights(&self) -> scalar::Weights {
