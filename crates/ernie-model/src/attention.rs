@@ -1,5 +1,5 @@
 //! Grouped-query causal self-attention with interleaved rotary positions.
-use crate::{init::Init, linear::Linear, ops, ops::AttentionContext};
+use crate::{init::Init, linear::Linear, norm::RmsNorm, ops, ops::LayerContext};
 use burn::prelude::*;
 use ernie_checkpoint::Config;
 
@@ -30,11 +30,9 @@ impl Attention {
         }
     }
 
-    /// `[t, h]` → `[t, h]`; the context holds document bounds, head counts and the rotary table.
-    pub fn forward(&self, x_th: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
-        let q = self.q_proj.forward(x_th.clone());
-        let k = self.k_proj.forward(x_th.clone());
-        let v = self.v_proj.forward(x_th);
-        self.o_proj.forward(ops::rope_attention(q, k, v, context))
+    /// `x + attention(norm(x))`, `[t, h]`.
+    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, context: &LayerContext) -> Tensor<2> {
+        let qkv = norm.linears(x_th.clone(), [&self.q_proj, &self.k_proj, &self.v_proj], context.precision);
+        self.o_proj.forward_add(x_th, ops::rope_attention(qkv, &context.attention), context.precision)
     }
 }

@@ -1,5 +1,5 @@
 //! A matrix product with an optional bias, weights `[out, in]` as the checkpoints store them.
-use crate::{init::Init, ops};
+use crate::{init::Init, ops, ops::Precision};
 use burn::{module::Param, prelude::*};
 
 /// `y = x·Wᵀ + b`, W `[out, in]`.
@@ -20,6 +20,15 @@ impl Linear {
     /// `x_ti` → `[t, out]`.
     pub fn forward(&self, x_ti: Tensor<2>) -> Tensor<2> {
         let y_to = ops::linear(x_ti, self.weight.val());
+        match &self.bias {
+            Some(bias) => y_to + bias.val().unsqueeze::<2>(),
+            None => y_to,
+        }
+    }
+
+    /// `residual + x·Wᵀ + b`, `[t, out]`.
+    pub fn forward_add(&self, residual_to: Tensor<2>, x_ti: Tensor<2>, precision: Precision) -> Tensor<2> {
+        let y_to = ops::linear_add(residual_to, x_ti, self.weight.val(), precision);
         match &self.bias {
             Some(bias) => y_to + bias.val().unsqueeze::<2>(),
             None => y_to,

@@ -1,5 +1,5 @@
 //! The dense feed-forward block: SwiGLU (arXiv 2002.05202).
-use crate::{init::Init, linear::Linear, ops};
+use crate::{init::Init, linear::Linear, norm::RmsNorm, ops, ops::Precision};
 use burn::prelude::*;
 use ernie_checkpoint::Config;
 
@@ -25,10 +25,13 @@ impl Mlp {
         }
     }
 
-    /// `[t, h]` → `[t, h]`.
-    pub fn forward(&self, x_th: Tensor<2>) -> Tensor<2> {
-        let gate_ti = self.gate_proj.forward(x_th.clone());
-        let up_ti = self.up_proj.forward(x_th);
-        self.down_proj.forward(ops::swiglu(gate_ti, up_ti))
+    /// `residual + mlp(norm(x))`, `[t, h]`.
+    pub fn forward_add(&self, residual_th: Tensor<2>, x_th: Tensor<2>, norm: &RmsNorm, precision: Precision) -> Tensor<2> {
+        let gate_up = norm.linears(x_th, [&self.gate_proj, &self.up_proj], precision);
+        let y_th = ops::swiglu_linear_add(residual_th, gate_up, self.down_proj.weight.val(), precision);
+        match &self.down_proj.bias {
+            Some(bias) => y_th + bias.val().unsqueeze::<2>(),
+            None => y_th,
+        }
     }
 }

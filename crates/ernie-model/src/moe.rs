@@ -5,7 +5,14 @@
 //! The correction bias chooses experts; it never weights them, and no gradient reaches it.
 use std::sync::Arc;
 
-use crate::{init::Init, linear::Linear, mlp::Mlp, ops, ops::ExpertsContext};
+use crate::{
+    init::Init,
+    linear::Linear,
+    mlp::Mlp,
+    norm::RmsNorm,
+    ops,
+    ops::{ExpertsContext, Precision},
+};
 use burn::{
     module::Param,
     prelude::*,
@@ -78,21 +85,18 @@ impl Moe {
         }
     }
 
-    /// `[t, h]` → `[t, h]` and how it was routed.
-    pub fn forward(&self, x_th: Tensor<2>) -> (Tensor<2>, Routing) {
-        let logits_te = self.gate.forward(x_th.clone());
+    /// `x + experts(norm(x))`, `[t, h]`, and how it was routed.
+    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, precision: Precision) -> (Tensor<2>, Routing) {
+        let z_th = norm.forward(x_th.clone());
+        let logits_te = self.gate.forward(z_th.clone());
         let probs_te = activation::softmax(logits_te.clone(), 1);
         let (indices, weights_tk) = self.select(&probs_te);
         let experts = &self.experts;
-        let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k };
-        let mut y_th = ops::routed_experts(
-            x_th.clone(),
-            [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()],
-            weights_tk,
-            &context,
-        );
+        let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k, precision };
+        let stacks = [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()];
+        let mut y_th = x_th.clone() + ops::routed_experts(z_th, stacks, weights_tk, &context);
         if let Some(shared) = &self.shared_experts {
-            y_th = y_th + shared.forward(x_th);
+            y_th = shared.forward_add(y_th, x_th, norm, precision);
         }
         (y_th, Routing { logits_te, probs_te, indices })
     }

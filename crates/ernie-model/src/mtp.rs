@@ -2,7 +2,7 @@
 //!
 //! `x_t = W·[norm_e(embed(id_{t+1})) ; norm_h(h_t)]`, h after the model's final norm; one dense decoder block; then the *shared* final norm
 //! and the *shared* head. Checkpoint names: `model.mtp_{emb_norm,hidden_norm,linear_proj,block}.0.…`.
-use crate::{init::Init, linear::Linear, norm::RmsNorm, ops::AttentionContext, text::DecoderLayer};
+use crate::{init::Init, linear::Linear, norm::RmsNorm, ops::LayerContext, text::DecoderLayer};
 use burn::prelude::*;
 use ernie_checkpoint::Config;
 
@@ -32,7 +32,7 @@ impl Mtp {
     }
 
     /// Embeddings of the next tokens and the model's normed hidden states, both `[t, h]`, to `[t, h]` before the shared norm.
-    pub fn forward(&self, next_embedding_th: Tensor<2>, hidden_th: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+    pub fn forward(&self, next_embedding_th: Tensor<2>, hidden_th: Tensor<2>, context: &LayerContext) -> Tensor<2> {
         let both_t2h = Tensor::cat(vec![self.mtp_emb_norm.forward(next_embedding_th), self.mtp_hidden_norm.forward(hidden_th)], 1);
         self.mtp_block.forward(self.mtp_linear_proj.forward(both_t2h), context).0
     }

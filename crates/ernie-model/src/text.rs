@@ -2,8 +2,16 @@
 use std::sync::Arc;
 
 use crate::{
-    attention::Attention, batch::PackedBatch, init::Init, mlp::Mlp, moe::Moe, moe::Routing, mtp::Mtp, norm::RmsNorm, ops,
-    ops::AttentionContext,
+    attention::Attention,
+    batch::PackedBatch,
+    init::Init,
+    mlp::Mlp,
+    moe::Moe,
+    moe::Routing,
+    mtp::Mtp,
+    norm::RmsNorm,
+    ops,
+    ops::{AttentionContext, LayerContext, Precision},
 };
 use burn::{module::Param, prelude::*};
 use ernie_checkpoint::Config;
@@ -58,14 +66,14 @@ impl DecoderLayer {
     }
 
     /// `[t, h]` → `[t, h]`, and how the experts were chosen if this is a MoE layer.
-    pub fn forward(&self, x_th: Tensor<2>, context: &AttentionContext) -> (Tensor<2>, Option<Routing>) {
-        let x_th = x_th.clone() + self.self_attn.forward(self.input_layernorm.forward(x_th), context);
-        let z_th = self.post_attention_layernorm.forward(x_th.clone());
+    pub fn forward(&self, x_th: Tensor<2>, context: &LayerContext) -> (Tensor<2>, Option<Routing>) {
+        let x_th = self.self_attn.forward_add(x_th, &self.input_layernorm, context);
+        let norm = &self.post_attention_layernorm;
         match &self.mlp {
-            FeedForward::Dense(mlp) => (x_th + mlp.forward(z_th), None),
+            FeedForward::Dense(mlp) => (mlp.forward_add(x_th.clone(), x_th, norm, context.precision), None),
             FeedForward::Moe(moe) => {
-                let (y_th, routing) = moe.forward(z_th);
-                (x_th + y_th, Some(routing))
+                let (y_th, routing) = moe.forward_add(x_th, norm, context.precision);
+                (y_th, Some(routing))
             }
         }
     }
@@ -111,6 +119,8 @@ pub struct Ernie {
     config: Arc<Config>,
     #[module(skip)]
     rope: Arc<RopeTable>,
+    #[module(skip)]
+    precision: Precision,
 }
 
 /// Hidden states of a batch and what routing did.
@@ -170,7 +180,7 @@ impl Ernie {
             bias: (config.use_bias && config.moe.is_some()).then(|| init.constant([v], 0.0)),
         };
         let rope = RopeTable::new(config.rope_theta, config.head_dim, 0);
-        Self { model, lm_head, config: Arc::new(config.clone()), rope: Arc::new(rope) }
+        Self { model, lm_head, config: Arc::new(config.clone()), rope: Arc::new(rope), precision: Precision::F32 }
     }
 
     /// The configuration the model was made from.
@@ -181,6 +191,11 @@ impl Ernie {
     /// The same network off the tape, sharing its weights: for validation.
     pub fn without_tape(&self) -> Self {
         self.valid()
+    }
+
+    /// How the large products are computed from now on, forwards and backwards; f32 at first.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
     }
 
     /// Makes the rotary table cover documents of up to `positions` tokens. [`Ernie::forward`] asserts that it does.
@@ -195,7 +210,7 @@ impl Ernie {
     /// # Panics
     /// If a document is longer than [`Ernie::reserve_positions`] allowed, or an id is not below the vocabulary size.
     pub fn forward(&self, batch: &PackedBatch) -> Hidden {
-        let context = self.attention_context(batch);
+        let context = self.layer_context(batch);
         let mut x_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
         let mut routing = Vec::new();
         for (index, layer) in self.model.layers.iter().enumerate() {
@@ -219,7 +234,7 @@ impl Ernie {
     pub fn cross_entropy(&self, states_th: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
         match &self.lm_head.bias {
             Some(_) => ops::plain::cross_entropy(self.logits(states_th), targets),
-            None => ops::head_cross_entropy(states_th, self.head_weight(), targets),
+            None => ops::head_cross_entropy(states_th, self.head_weight(), targets, self.precision),
         }
     }
 
@@ -236,7 +251,7 @@ impl Ernie {
         if let Some(block) = self.model.mtp.as_ref().filter(|_| weights.mtp != 0.0) {
             let next = batch.shifted();
             let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &next.ids);
-            let states_th = self.model.norm.forward(block.forward(embedding_th, hidden.states_th, &self.attention_context(batch)));
+            let states_th = self.model.norm.forward(block.forward(embedding_th, hidden.states_th, &self.layer_context(batch)));
             let term = self.cross_entropy(states_th, &next.targets);
             mtp = Some(ops::scalar(&term));
             total = total + term * weights.mtp;
@@ -257,10 +272,11 @@ impl Ernie {
         Losses { total, cross_entropy, mtp, balance, z, usage }
     }
 
-    fn attention_context(&self, batch: &PackedBatch) -> AttentionContext {
+    fn layer_context(&self, batch: &PackedBatch) -> LayerContext {
         let config = &self.config;
         let shape =
             attention::Shape { q_heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim };
-        AttentionContext { shape, cu_seqlens: batch.cu_seqlens.clone(), rope: self.rope.clone() }
+        let attention = AttentionContext { shape, cu_seqlens: batch.cu_seqlens.clone(), window: None, rope: self.rope.clone() };
+        LayerContext { attention, precision: self.precision }
     }
 }

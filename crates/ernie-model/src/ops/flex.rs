@@ -2,14 +2,14 @@
 use std::{borrow::Cow, sync::Arc};
 
 use super::{
-    AttentionContext, ExpertsContext,
+    AttentionContext, ExpertsContext, Precision,
     fused::{Fused, FusedKernels},
 };
 use burn::{
     backend::{Flex, tensor::FloatTensor},
     tensor::{Shape, TensorData},
 };
-use ernie_kernels as kernels;
+use ernie_kernels::{self as kernels, arch::gemm::Update};
 
 type X = FloatTensor<Flex>;
 
@@ -26,6 +26,19 @@ fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> X {
     X::from_data(TensorData::new(values, shape.into()))
 }
 
+/// [`ordered`], of a tensor of one's own.
+fn in_order(x: X) -> X {
+    if x.as_slice::<f32>().is_some() { x } else { x.to_contiguous() }
+}
+
+fn mask(context: &AttentionContext) -> kernels::attention::Mask<'_> {
+    kernels::attention::Mask { cu_seqlens: &context.cu_seqlens, window: context.window }
+}
+
+fn swiglu_linear(w: &X, precision: Precision) -> kernels::swiglu_linear::SwigluLinear<'_> {
+    kernels::swiglu_linear::SwigluLinear { weights: slice(w), intermediate: dims::<2>(w)[1], precision }
+}
+
 fn shape(x: &X) -> Shape {
     x.layout().shape().clone()
 }
@@ -38,13 +51,23 @@ fn len(x: &X) -> usize {
     shape(x).num_elements()
 }
 
-fn zeros(n: usize) -> Vec<f32> {
-    vec![0.0; n]
+/// `n` values that will all be overwritten, in a buffer of an earlier tensor where one is free.
+fn buffer(n: usize) -> Vec<f32> {
+    kernels::scratch::take_buffer(n)
+}
+
+/// Keeps the buffer of a tensor for [`buffer`], if nothing else holds it.
+fn recycle(x: X) {
+    if x.is_unique()
+        && let Ok(values) = x.into_data().try_into_vec::<f32>()
+    {
+        kernels::scratch::recycle(values);
+    }
 }
 
 /// A tensor of the shape of `like`, filled by `fill`.
 fn filled(like: &X, fill: impl FnOnce(&mut [f32])) -> X {
-    let mut values = zeros(len(like));
+    let mut values = buffer(len(like));
     fill(&mut values);
     tensor(values, shape(like))
 }
@@ -64,14 +87,26 @@ impl Fused for Flex {
     fn fused_swiglu(gate: X, up: X) -> X {
         <Self as FusedKernels>::swiglu_kernel(&gate, &up)
     }
-    fn fused_rope_attention(q: X, k: X, v: X, context: AttentionContext) -> X {
-        <Self as FusedKernels>::rope_attention_kernel(&[q, k, v], &context).0
+    fn fused_norm_linear2(x: X, norm: X, first: X, second: X, eps: f64, precision: Precision) -> X {
+        <Self as FusedKernels>::norm_linear_kernel(&[x, norm, first, second], eps, precision)
+    }
+    fn fused_norm_linear3(x: X, norm: X, first: X, second: X, third: X, eps: f64, precision: Precision) -> X {
+        <Self as FusedKernels>::norm_linear_kernel(&[x, norm, first, second, third], eps, precision)
+    }
+    fn fused_linear_add(residual: X, x: X, w: X, precision: Precision) -> X {
+        <Self as FusedKernels>::linear_add_kernel([&residual, &x, &w], precision)
+    }
+    fn fused_swiglu_linear_add(residual: X, gate_up: X, w: X, precision: Precision) -> X {
+        <Self as FusedKernels>::swiglu_linear_add_kernel([&residual, &gate_up, &w], precision)
+    }
+    fn fused_rope_attention(qkv: X, context: AttentionContext) -> X {
+        <Self as FusedKernels>::rope_attention_kernel(&qkv, &context).0
     }
     fn fused_routed_experts(x: X, gate: X, up: X, down: X, weights: X, context: ExpertsContext) -> X {
         <Self as FusedKernels>::routed_experts_kernel(&[x, gate, up, down, weights], &context).0
     }
-    fn fused_head_cross_entropy(states: X, w: X, targets: Arc<[i32]>) -> X {
-        <Self as FusedKernels>::head_cross_entropy_kernel(&states, &w, &targets)
+    fn fused_head_cross_entropy(states: X, w: X, targets: Arc<[i32]>, precision: Precision) -> X {
+        <Self as FusedKernels>::head_cross_entropy_kernel(&states, &w, &targets, precision)
     }
     fn fused_embedding(w: X, ids: Arc<[u32]>) -> X {
         <Self as FusedKernels>::embedding_kernel(&w, &ids)
@@ -82,16 +117,16 @@ impl FusedKernels for Flex {
     fn linear_kernel(x: &X, w: &X) -> X {
         let (x, w) = (ordered(x), ordered(w));
         let ([m, k], [n, _]) = (dims(&x), dims(&w));
-        let mut y = zeros(m * n);
-        kernels::linear::forward(&mut y, slice(&x), slice(&w), None, m, n, k);
+        let mut y = buffer(m * n);
+        kernels::linear::forward(&mut y, slice(&x), slice(&w), None, k, Precision::F32);
         tensor(y, [m, n])
     }
 
     fn linear_gradient(x: X, w: X, dy: X) -> [X; 2] {
         let (x, w, dy) = (ordered(&x), ordered(&w), ordered(&dy));
         let ([m, k], [n, _]) = (dims(&x), dims(&w));
-        let (mut dx, mut dw) = (zeros(m * k), zeros(n * k));
-        kernels::linear::backward(Some(&mut dx), &mut dw, None, slice(&x), slice(&w), slice(&dy), m, n, k);
+        let (mut dx, mut dw) = (buffer(m * k), buffer(n * k));
+        kernels::linear::backward(Some(&mut dx), &mut dw, None, slice(&x), slice(&w), slice(&dy), k, Precision::F32);
         [tensor(dx, [m, k]), tensor(dw, [n, k])]
     }
 
@@ -102,7 +137,7 @@ impl FusedKernels for Flex {
 
     fn rms_norm_gradient(x: X, w: X, eps: f64, dy: X) -> [X; 2] {
         let (x, w, dy) = (ordered(&x), ordered(&w), ordered(&dy));
-        let mut dw = zeros(len(&w));
+        let mut dw = buffer(len(&w));
         let dx = filled(&x, |dx| kernels::rms_norm::backward(dx, &mut dw, slice(&x), slice(&w), slice(&dy), eps as f32));
         [dx, tensor(dw, shape(&w))]
     }
@@ -114,58 +149,107 @@ impl FusedKernels for Flex {
 
     fn swiglu_gradient(gate: X, up: X, dy: X) -> [X; 2] {
         let (gate, up, dy) = (ordered(&gate), ordered(&up), ordered(&dy));
-        let mut dup = zeros(len(&up));
+        let mut dup = buffer(len(&up));
         let dgate = filled(&gate, |dgate| kernels::swiglu::backward(dgate, &mut dup, slice(&gate), slice(&up), slice(&dy)));
         [dgate, tensor(dup, shape(&up))]
     }
 
-    fn rope_attention_kernel([q, k, v]: &[X; 3], context: &AttentionContext) -> (X, Arc<Vec<f32>>) {
-        let (q, k, v) = (ordered(q), ordered(k), ordered(v));
-        let [tokens, _] = dims(&q);
-        let mut lse = zeros(context.shape.q_heads * tokens);
-        let out = filled(&q, |out| {
-            let (cu_seqlens, rope) = (&context.cu_seqlens, &context.rope);
-            kernels::attention::forward(out, &mut lse, slice(&q), slice(&k), slice(&v), cu_seqlens, rope, context.shape);
-        });
-        (out, Arc::new(lse))
+    fn norm_linear_kernel<const N: usize>(inputs: &[X; N], eps: f64, precision: Precision) -> X {
+        let inputs = inputs.each_ref().map(ordered);
+        let [x, norm, weights @ ..] = &inputs[..] else { unreachable!("x, norm and weights") };
+        let outputs = weights.iter().map(|w| dims::<2>(w)[0]).sum::<usize>();
+        let [t, _] = dims(x);
+        let weights = weights.iter().map(|w| slice(w)).collect::<Vec<_>>();
+        let mut y = buffer(t * outputs);
+        kernels::norm_linear::NormLinear { norm: slice(norm), eps: eps as f32, weights: &weights, precision }.forward(&mut y, slice(x));
+        tensor(y, [t, outputs])
     }
 
-    fn rope_attention_gradient([q, k, v]: [X; 3], out: X, lse: &[f32], context: &AttentionContext, dy: X) -> [X; 3] {
-        let (q, k, v, dy) = (ordered(&q), ordered(&k), ordered(&v), ordered(&dy));
-        let (mut dk, mut dv) = (zeros(len(&k)), zeros(len(&v)));
-        let dq = filled(&q, |dq| {
-            kernels::attention::backward(
-                dq,
-                &mut dk,
-                &mut dv,
-                slice(&q),
-                slice(&k),
-                slice(&v),
-                slice(&out),
-                lse,
-                slice(&dy),
-                &context.cu_seqlens,
-                &context.rope,
-                context.shape,
-            );
+    fn norm_linear_gradient<const N: usize>(inputs: [X; N], eps: f64, precision: Precision, dy: X) -> [X; N] {
+        let dy = in_order(dy);
+        let mut gradients = inputs.each_ref().map(|input| buffer(len(input)));
+        {
+            let inputs = inputs.each_ref().map(ordered);
+            let [x, norm, weights @ ..] = &inputs[..] else { unreachable!("x, norm and weights") };
+            let [dx, dnorm, dw @ ..] = &mut gradients[..] else { unreachable!("as many as the inputs") };
+            let weights = weights.iter().map(|w| slice(w)).collect::<Vec<_>>();
+            let mut dw = dw.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>();
+            let layers = kernels::norm_linear::NormLinear { norm: slice(norm), eps: eps as f32, weights: &weights, precision };
+            layers.backward(dx, dnorm, &mut dw, slice(x), slice(&dy));
+        }
+        recycle(dy);
+        let shapes = inputs.each_ref().map(shape);
+        inputs.into_iter().for_each(recycle);
+        let mut shapes = shapes.into_iter();
+        gradients.map(|gradient| tensor(gradient, shapes.next().expect("a shape for each")))
+    }
+
+    fn linear_add_kernel([residual, x, w]: [&X; 3], precision: Precision) -> X {
+        let (residual, x, w) = (ordered(residual), ordered(x), ordered(w));
+        let [_, k] = dims(&x);
+        filled(&residual, |y| {
+            y.copy_from_slice(slice(&residual));
+            let layers = kernels::linear::Layers { weights: &[slice(&w)], k };
+            kernels::linear::Forward::new(layers, precision).run(y, slice(&x), Update::Add);
+        })
+    }
+
+    fn linear_add_gradient([x, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
+        let (dy, x, w) = (ordered(dy), in_order(x), ordered(&w));
+        let [_, k] = dims(&x);
+        let mut dw = buffer(len(&w));
+        let dx = filled(&x, |dx| {
+            kernels::linear::backward(Some(dx), &mut dw, None, slice(&x), slice(&w), slice(&dy), k, precision);
         });
-        [dq, tensor(dk, shape(&k)), tensor(dv, shape(&v))]
+        recycle(x);
+        [dx, tensor(dw, shape(&w))]
+    }
+
+    fn swiglu_linear_add_kernel([residual, gate_up, w]: [&X; 3], precision: Precision) -> X {
+        let (residual, gate_up, w) = (ordered(residual), ordered(gate_up), ordered(w));
+        filled(&residual, |y| swiglu_linear(&w, precision).forward(y, slice(&residual), slice(&gate_up)))
+    }
+
+    fn swiglu_linear_add_gradient([gate_up, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
+        let (dy, gate_up, w) = (ordered(dy), in_order(gate_up), ordered(&w));
+        let mut dw = buffer(len(&w));
+        let dgate_up = filled(&gate_up, |d| swiglu_linear(&w, precision).backward(d, &mut dw, slice(&gate_up), slice(&dy)));
+        recycle(gate_up);
+        [dgate_up, tensor(dw, shape(&w))]
+    }
+
+    fn rope_attention_kernel(qkv: &X, context: &AttentionContext) -> (X, Arc<Vec<f32>>) {
+        let qkv = ordered(qkv);
+        let ([t, _], heads) = (dims(&qkv), context.shape);
+        let (mut out, mut lse) = (buffer(t * heads.q_heads * heads.head_dim), buffer(t * heads.q_heads));
+        kernels::attention::forward(&mut out, &mut lse, slice(&qkv), mask(context), &context.rope, heads);
+        (tensor(out, [t, heads.q_heads * heads.head_dim]), Arc::new(lse))
+    }
+
+    fn rope_attention_gradient(qkv: X, out: X, lse: &[f32], context: &AttentionContext, dy: X) -> X {
+        let (qkv, dy) = (in_order(qkv), in_order(dy));
+        let dqkv = filled(&qkv, |dqkv| {
+            let (rope, heads) = (&context.rope, context.shape);
+            kernels::attention::backward(dqkv, slice(&qkv), slice(&out), lse, slice(&dy), mask(context), rope, heads);
+        });
+        [qkv, out, dy].into_iter().for_each(recycle);
+        dqkv
     }
 
     fn routed_experts_kernel(inputs: &[X; 5], context: &ExpertsContext) -> (X, Arc<kernels::experts::Saved>) {
         let [x, gate, up, down, weights] = inputs.each_ref().map(ordered);
-        let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down));
-        let mut y = zeros(len(&x));
+        let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down), context.precision);
+        let mut y = buffer(len(&x));
         let shape_ = experts_shape(&x, &gate, context);
         let saved = kernels::experts::forward(&mut y, slice(&x), &stacks, &context.indices, slice(&weights), shape_);
         (tensor(y, shape(&x)), Arc::new(saved))
     }
 
-    fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, dy: X) -> [X; 5] {
+    fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, precision: Precision, dy: X) -> [X; 5] {
         let [x, gate, up, down, weights] = inputs.each_ref().map(ordered);
         let dy = ordered(&dy);
-        let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down));
-        let mut gradients = inputs.each_ref().map(|input| zeros(len(input)));
+        let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down), precision);
+        let mut gradients = inputs.each_ref().map(|input| buffer(len(input)));
         let [dx, dgate, dup, ddown, dweights] = &mut gradients;
         let into = kernels::experts::Gradients::new(dx, dgate, dup, ddown, dweights);
         kernels::experts::backward(saved, into, slice(&x), &stacks, slice(&weights), slice(&dy));
@@ -179,18 +263,18 @@ impl FusedKernels for Flex {
         ]
     }
 
-    fn head_cross_entropy_kernel(states: &X, w: &X, targets: &[i32]) -> X {
+    fn head_cross_entropy_kernel(states: &X, w: &X, targets: &[i32], precision: Precision) -> X {
         let (states, w) = (ordered(states), ordered(w));
-        let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), targets);
+        let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), targets, precision);
         let scored = targets.iter().filter(|&&target| target != kernels::cross_entropy::IGNORE).count();
         let sum = losses.iter().map(|&loss| loss as f64).sum::<f64>();
         tensor(vec![(sum / scored.max(1) as f64) as f32], [1])
     }
 
-    fn head_cross_entropy_with_gradient(states: &X, w: &X, targets: &[i32]) -> (X, [X; 2]) {
+    fn head_cross_entropy_with_gradient(states: &X, w: &X, targets: &[i32], precision: Precision) -> (X, [X; 2]) {
         let (states, w) = (ordered(states), ordered(w));
-        let (mut dstates, mut dw) = (zeros(len(&states)), zeros(len(&w)));
-        let loss = kernels::cross_entropy::loss_and_grad(&mut dstates, &mut dw, slice(&states), slice(&w), targets);
+        let (mut dstates, mut dw) = (buffer(len(&states)), buffer(len(&w)));
+        let loss = kernels::cross_entropy::loss_and_grad(&mut dstates, &mut dw, slice(&states), slice(&w), targets, precision);
         (tensor(vec![loss], [1]), [tensor(dstates, shape(&states)), tensor(dw, shape(&w))])
     }
 
@@ -210,13 +294,14 @@ impl FusedKernels for Flex {
     fn embedding_kernel(w: &X, ids: &[u32]) -> X {
         let w = ordered(w);
         let [_, hidden] = dims(&w);
-        let mut y = zeros(ids.len() * hidden);
+        let mut y = buffer(ids.len() * hidden);
         kernels::embedding::gather(&mut y, slice(&w), ids);
         tensor(y, [ids.len(), hidden])
     }
 
     fn embedding_gradient(w_shape: [usize; 2], ids: &[u32], dy: X) -> X {
-        let mut dw = zeros(w_shape[0] * w_shape[1]);
+        let mut dw = buffer(w_shape[0] * w_shape[1]);
+        dw.fill(0.0);
         kernels::embedding::scatter_add(&mut dw, slice(&ordered(&dy)), ids);
         tensor(dw, w_shape)
     }

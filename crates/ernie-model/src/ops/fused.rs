@@ -1,7 +1,7 @@
 //! The operators as Burn's dispatcher sees them.
 use std::sync::Arc;
 
-use super::{AttentionContext, ExpertsContext};
+use super::{AttentionContext, ExpertsContext, Precision};
 use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
 
 /// Fused operators with a gradient; see the functions of the same names in [`super`].
@@ -10,12 +10,32 @@ pub(super) trait Fused: Backend {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
-    fn fused_rope_attention(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        context: AttentionContext,
+    fn fused_norm_linear2(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
     ) -> FloatTensor<Self>;
+    fn fused_norm_linear3(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        third: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+    fn fused_linear_add(residual: FloatTensor<Self>, x: FloatTensor<Self>, w: FloatTensor<Self>, precision: Precision)
+    -> FloatTensor<Self>;
+    fn fused_swiglu_linear_add(
+        residual: FloatTensor<Self>,
+        gate_up: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+    fn fused_rope_attention(qkv: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self>;
     fn fused_routed_experts(
         x: FloatTensor<Self>,
         gate: FloatTensor<Self>,
@@ -24,7 +44,12 @@ pub(super) trait Fused: Backend {
         weights: FloatTensor<Self>,
         context: ExpertsContext,
     ) -> FloatTensor<Self>;
-    fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<[i32]>) -> FloatTensor<Self>;
+    fn fused_head_cross_entropy(
+        states: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Arc<[i32]>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
     fn fused_embedding(w: FloatTensor<Self>, ids: Arc<[u32]>) -> FloatTensor<Self>;
 }
 
@@ -38,15 +63,35 @@ pub(super) trait FusedKernels: Backend {
     fn rms_norm_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
     fn swiglu_kernel(gate: &FloatTensor<Self>, up: &FloatTensor<Self>) -> FloatTensor<Self>;
     fn swiglu_gradient(gate: FloatTensor<Self>, up: FloatTensor<Self>, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
-    /// Also the log-sum-exp of each query's scores, `[n_q, t]`.
-    fn rope_attention_kernel(qkv: &[FloatTensor<Self>; 3], context: &AttentionContext) -> (FloatTensor<Self>, Arc<Vec<f32>>);
+    /// Inputs x, norm, then the layers' weights.
+    fn norm_linear_kernel<const N: usize>(inputs: &[FloatTensor<Self>; N], eps: f64, precision: Precision) -> FloatTensor<Self>;
+    fn norm_linear_gradient<const N: usize>(
+        inputs: [FloatTensor<Self>; N],
+        eps: f64,
+        precision: Precision,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; N];
+    /// Inputs residual, x, w.
+    fn linear_add_kernel(inputs: [&FloatTensor<Self>; 3], precision: Precision) -> FloatTensor<Self>;
+    /// Of x and w; that of the residual is dy.
+    fn linear_add_gradient(xw: [FloatTensor<Self>; 2], precision: Precision, dy: &FloatTensor<Self>) -> [FloatTensor<Self>; 2];
+    /// Inputs residual, gate and up, w.
+    fn swiglu_linear_add_kernel(inputs: [&FloatTensor<Self>; 3], precision: Precision) -> FloatTensor<Self>;
+    /// Of gate and up, and of w; that of the residual is dy.
+    fn swiglu_linear_add_gradient(
+        gate_up_w: [FloatTensor<Self>; 2],
+        precision: Precision,
+        dy: &FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2];
+    /// Also the log-sum-exp of each query's scores, `[t, n_q]`.
+    fn rope_attention_kernel(qkv: &FloatTensor<Self>, context: &AttentionContext) -> (FloatTensor<Self>, Arc<Vec<f32>>);
     fn rope_attention_gradient(
-        qkv: [FloatTensor<Self>; 3],
+        qkv: FloatTensor<Self>,
         out: FloatTensor<Self>,
         lse: &[f32],
         context: &AttentionContext,
         dy: FloatTensor<Self>,
-    ) -> [FloatTensor<Self>; 3];
+    ) -> FloatTensor<Self>;
     /// Inputs x, gate, up, down, weights.
     fn routed_experts_kernel(
         inputs: &[FloatTensor<Self>; 5],
@@ -55,14 +100,21 @@ pub(super) trait FusedKernels: Backend {
     fn routed_experts_gradient(
         inputs: [FloatTensor<Self>; 5],
         saved: &ernie_kernels::experts::Saved,
+        precision: Precision,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 5];
-    fn head_cross_entropy_kernel(states: &FloatTensor<Self>, w: &FloatTensor<Self>, targets: &[i32]) -> FloatTensor<Self>;
+    fn head_cross_entropy_kernel(
+        states: &FloatTensor<Self>,
+        w: &FloatTensor<Self>,
+        targets: &[i32],
+        precision: Precision,
+    ) -> FloatTensor<Self>;
     /// The loss and its gradients with respect to states and weights, made in one pass.
     fn head_cross_entropy_with_gradient(
         states: &FloatTensor<Self>,
         w: &FloatTensor<Self>,
         targets: &[i32],
+        precision: Precision,
     ) -> (FloatTensor<Self>, [FloatTensor<Self>; 2]);
     /// `x · s` for a one-element s, in place where the tensor is not shared.
     fn scaled_kernel(x: FloatTensor<Self>, s: &FloatTensor<Self>) -> FloatTensor<Self>;

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use burn::{backend::Dispatch, prelude::*};
+pub use ernie_kernels::matmul::Precision;
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 
 mod flex;
@@ -16,15 +17,26 @@ mod tape;
 
 use fused::Fused;
 
-/// What attention needs to know beside q, k and v.
+/// What attention needs to know beside queries, keys and values.
 #[derive(Debug, Clone)]
 pub struct AttentionContext {
     /// Head counts and size.
     pub shape: Shape,
     /// Document bounds, `[0, …, t]`.
     pub cu_seqlens: Arc<[u32]>,
+    /// How many tokens back a token sees (itself included), if not its whole document.
+    pub window: Option<usize>,
     /// Cosines and sines of the positions.
     pub rope: Arc<RopeTable>,
+}
+
+/// What a layer needs to know beside its input.
+#[derive(Debug, Clone)]
+pub struct LayerContext {
+    /// Heads, documents and positions.
+    pub attention: AttentionContext,
+    /// Of the layer's products; norms, routers and attention itself are in f32.
+    pub precision: Precision,
 }
 
 /// Which experts each token goes to.
@@ -34,6 +46,8 @@ pub struct ExpertsContext {
     pub indices: Arc<[u32]>,
     /// k.
     pub top_k: usize,
+    /// Of the experts' products.
+    pub precision: Precision,
 }
 
 /// `x_ti · w_oiᵀ` → `[t, o]`.
@@ -60,13 +74,54 @@ pub fn swiglu(gate_ti: Tensor<2>, up_ti: Tensor<2>) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::fused_swiglu(gate_ti.into_dispatch(), up_ti.into_dispatch()))
 }
 
-/// Rotary positions on q and k, then causal attention inside each document: `[t, n_q·d]`.
-pub fn rope_attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
-    if !runs_kernels(&q.device()) {
-        return plain::rope_attention(q, k, v, context);
+/// `rms_norm(x)·[w₁; w₂; …]ᵀ` for two or three layers side by side: `[t, Σo]`.
+pub fn norm_linear<const N: usize>(
+    x_th: Tensor<2>,
+    norm_h: Tensor<1>,
+    eps: f64,
+    layers: [Tensor<2>; N],
+    precision: Precision,
+) -> Tensor<2> {
+    if !runs_kernels(&x_th.device()) {
+        return plain::norm_linear(x_th, norm_h, eps, layers);
     }
-    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    Tensor::from_dispatch(Dispatch::fused_rope_attention(q, k, v, context.clone()))
+    let (x, norm) = (x_th.into_dispatch(), norm_h.into_dispatch());
+    let mut layers = layers.into_iter().map(Tensor::into_dispatch);
+    let mut next = || layers.next().expect("as many as were counted");
+    let (first, second) = match N {
+        2 | 3 => (next(), next()),
+        _ => panic!("{N} layers behind one norm; two and three are there"),
+    };
+    Tensor::from_dispatch(match N {
+        2 => Dispatch::fused_norm_linear2(x, norm, first, second, eps, precision),
+        _ => Dispatch::fused_norm_linear3(x, norm, first, second, next(), eps, precision),
+    })
+}
+
+/// `residual + x·wᵀ`.
+pub fn linear_add(residual_to: Tensor<2>, x_ti: Tensor<2>, w_oi: Tensor<2>, precision: Precision) -> Tensor<2> {
+    if !runs_kernels(&x_ti.device()) {
+        return plain::linear_add(residual_to, x_ti, w_oi);
+    }
+    let (residual, x, w) = (residual_to.into_dispatch(), x_ti.into_dispatch(), w_oi.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_linear_add(residual, x, w, precision))
+}
+
+/// `residual + (silu(gate) ⊙ up)·wᵀ`, a token's gate and up side by side in `[t, 2·i]`.
+pub fn swiglu_linear_add(residual_th: Tensor<2>, gate_up: Tensor<2>, w_hi: Tensor<2>, precision: Precision) -> Tensor<2> {
+    if !runs_kernels(&gate_up.device()) {
+        return plain::swiglu_linear_add(residual_th, gate_up, w_hi);
+    }
+    let (residual, gate_up, w) = (residual_th.into_dispatch(), gate_up.into_dispatch(), w_hi.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_swiglu_linear_add(residual, gate_up, w, precision))
+}
+
+/// Rotary positions on queries and keys, then causal attention inside each document: `[t, n_q·d]` from `[t, (n_q + 2·n_kv)·d]`.
+pub fn rope_attention(qkv: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+    if !runs_kernels(&qkv.device()) {
+        return plain::rope_attention(qkv, context);
+    }
+    Tensor::from_dispatch(Dispatch::fused_rope_attention(qkv.into_dispatch(), context.clone()))
 }
 
 /// `y_t = Σ_k weights_tk · down(silu(gate x) ⊙ up x)` over the experts chosen for each token; stacks are `[gate, up, down]`.
@@ -80,11 +135,11 @@ pub fn routed_experts(x_th: Tensor<2>, stacks: [Tensor<3>; 3], weights_tk: Tenso
 }
 
 /// Mean cross-entropy `[1]` of `softmax(states · wᵀ)` against targets `[t]` (`IGNORE` = not scored); no logits are kept.
-pub fn head_cross_entropy(states_th: Tensor<2>, w_vh: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
+pub fn head_cross_entropy(states_th: Tensor<2>, w_vh: Tensor<2>, targets: &Arc<[i32]>, precision: Precision) -> Tensor<1> {
     if !runs_kernels(&states_th.device()) {
         return plain::cross_entropy(plain::linear(states_th, w_vh), targets);
     }
-    Tensor::from_dispatch(Dispatch::fused_head_cross_entropy(states_th.into_dispatch(), w_vh.into_dispatch(), targets.clone()))
+    Tensor::from_dispatch(Dispatch::fused_head_cross_entropy(states_th.into_dispatch(), w_vh.into_dispatch(), targets.clone(), precision))
 }
 
 /// Rows `ids` of `w_vh`: `[t, h]`.

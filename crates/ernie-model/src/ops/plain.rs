@@ -24,9 +24,29 @@ pub fn swiglu(gate_ti: Tensor<2>, up_ti: Tensor<2>) -> Tensor<2> {
     activation::silu(gate_ti) * up_ti
 }
 
+/// `rms_norm(x)·wᵀ`, layer beside layer.
+pub fn norm_linear<const N: usize>(x_th: Tensor<2>, norm_h: Tensor<1>, eps: f64, layers: [Tensor<2>; N]) -> Tensor<2> {
+    let z_th = rms_norm(x_th, norm_h, eps);
+    Tensor::cat(layers.into_iter().map(|w| linear(z_th.clone(), w)).collect(), 1)
+}
+
+/// `residual + x·wᵀ`.
+pub fn linear_add(residual_to: Tensor<2>, x_ti: Tensor<2>, w_oi: Tensor<2>) -> Tensor<2> {
+    residual_to + linear(x_ti, w_oi)
+}
+
+/// `residual + (silu(gate) ⊙ up)·wᵀ`.
+pub fn swiglu_linear_add(residual_th: Tensor<2>, gate_up: Tensor<2>, w_hi: Tensor<2>) -> Tensor<2> {
+    let i = w_hi.dims()[1];
+    residual_th + linear(swiglu(gate_up.clone().narrow(1, 0, i), gate_up.narrow(1, i, i)), w_hi)
+}
+
 /// Rotary positions and causal attention, one document at a time with its full score matrix.
-pub fn rope_attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+pub fn rope_attention(qkv: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
     let (n_q, n_kv, d) = (context.shape.q_heads, context.shape.kv_heads, context.shape.head_dim);
+    let q = qkv.clone().narrow(1, 0, n_q * d);
+    let k = qkv.clone().narrow(1, n_q * d, n_kv * d);
+    let v = qkv.narrow(1, (n_q + n_kv) * d, n_kv * d);
     let documents = context.cu_seqlens.windows(2).filter(|bounds| bounds[1] > bounds[0]).map(|bounds| {
         let (start, length) = (bounds[0] as usize, (bounds[1] - bounds[0]) as usize);
         let heads = |x: &Tensor<2>, n: usize| -> Tensor<3> { x.clone().narrow(0, start, length).reshape([length, n, d]).swap_dims(0, 1) };
@@ -34,8 +54,10 @@ pub fn rope_attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, context: &Attent
         let k_nld = repeat_heads(rope(heads(&k, n_kv), context), n_q / n_kv);
         let v_nld = repeat_heads(heads(&v, n_kv), n_q / n_kv);
         let scores_nll = q_nld.matmul(k_nld.swap_dims(1, 2)) / (d as f64).sqrt();
-        let future = Tensor::<2, Bool>::tril_mask([length, length], 0, &q.device());
-        let p_nll = activation::softmax(scores_nll.mask_fill(future.unsqueeze::<3>(), f32::NEG_INFINITY), 2);
+        let window = context.window.unwrap_or(length);
+        let hidden = (0..length * length).map(|i| i % length > i / length || i / length - i % length >= window).collect::<Vec<_>>();
+        let hidden = Tensor::<2, Bool>::from_data(TensorData::new(hidden, [length, length]), &q.device());
+        let p_nll = activation::softmax(scores_nll.mask_fill(hidden.unsqueeze::<3>(), f32::NEG_INFINITY), 2);
         p_nll.matmul(v_nld).swap_dims(0, 1).reshape([length, n_q * d])
     });
     Tensor::cat(documents.collect(), 0)

@@ -2,7 +2,7 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionContext, ExpertsContext,
+    AttentionContext, ExpertsContext, Precision,
     fused::{Fused, FusedKernels},
 };
 use burn::backend::{
@@ -44,11 +44,25 @@ type Pair<B> = [FloatTensor<B>; 2];
 backward!(Linear, 2, Pair<B>, |[x, w], dy| B::linear_gradient(x, w, dy));
 backward!(RmsNorm, 2, (Pair<B>, f64), |([x, w], eps), dy| B::rms_norm_gradient(x, w, eps, dy));
 backward!(Swiglu, 2, Pair<B>, |[gate, up], dy| B::swiglu_gradient(gate, up, dy));
-backward!(RopeAttention, 3, ([FloatTensor<B>; 3], FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(qkv, out, lse, context), dy| {
-    B::rope_attention_gradient(qkv, out, &lse, &context, dy)
+backward!(NormLinear2, 4, ([FloatTensor<B>; 4], f64, Precision), |(inputs, eps, precision), dy| {
+    B::norm_linear_gradient(inputs, eps, precision, dy)
 });
-backward!(RoutedExperts, 5, ([FloatTensor<B>; 5], Arc<experts::Saved>), |(inputs, saved), dy| {
-    B::routed_experts_gradient(inputs, &saved, dy)
+backward!(NormLinear3, 5, ([FloatTensor<B>; 5], f64, Precision), |(inputs, eps, precision), dy| {
+    B::norm_linear_gradient(inputs, eps, precision, dy)
+});
+backward!(LinearAdd, 3, (Pair<B>, Precision), |(xw, precision), dy| {
+    let [dx, dw] = B::linear_add_gradient(xw, precision, &dy);
+    [dy, dx, dw]
+});
+backward!(SwigluLinearAdd, 3, (Pair<B>, Precision), |(gate_up_w, precision), dy| {
+    let [dgate_up, dw] = B::swiglu_linear_add_gradient(gate_up_w, precision, &dy);
+    [dy, dgate_up, dw]
+});
+backward!(RopeAttention, 1, (FloatTensor<B>, FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(qkv, out, lse, context), dy| {
+    [B::rope_attention_gradient(qkv, out, &lse, &context, dy)]
+});
+backward!(RoutedExperts, 5, ([FloatTensor<B>; 5], Arc<experts::Saved>, Precision), |(inputs, saved, precision), dy| {
+    B::routed_experts_gradient(inputs, &saved, precision, dy)
 });
 backward!(HeadCrossEntropy, 2, Pair<B>, |gradients, dy| gradients.map(|gradient| B::scaled_kernel(gradient, &dy)));
 backward!(Embedding, 1, ([usize; 2], Arc<[u32]>), |(shape, ids), dy| [B::embedding_gradient(shape, &ids, dy)]);
@@ -85,17 +99,64 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         record::<B, C, _, 2>(Swiglu, [gate_node, up_node], y, || [gate, up])
     }
 
-    fn fused_rope_attention(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        context: AttentionContext,
+    fn fused_norm_linear2(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
     ) -> FloatTensor<Self> {
-        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
-        let qkv = [q, k, v];
+        let ((x, x_node), (norm, norm_node)) = (x.into_parts(), norm.into_parts());
+        let ((first, first_node), (second, second_node)) = (first.into_parts(), second.into_parts());
+        let inputs = [x, norm, first, second];
+        let y = B::norm_linear_kernel(&inputs, eps, precision);
+        record::<B, C, _, 4>(NormLinear2, [x_node, norm_node, first_node, second_node], y, || (inputs, eps, precision))
+    }
+
+    fn fused_norm_linear3(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        third: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let ((x, x_node), (norm, norm_node), (first, first_node)) = (x.into_parts(), norm.into_parts(), first.into_parts());
+        let ((second, second_node), (third, third_node)) = (second.into_parts(), third.into_parts());
+        let inputs = [x, norm, first, second, third];
+        let y = B::norm_linear_kernel(&inputs, eps, precision);
+        record::<B, C, _, 5>(NormLinear3, [x_node, norm_node, first_node, second_node, third_node], y, || (inputs, eps, precision))
+    }
+
+    fn fused_linear_add(
+        residual: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let ((residual, residual_node), (x, x_node), (w, w_node)) = (residual.into_parts(), x.into_parts(), w.into_parts());
+        let y = B::linear_add_kernel([&residual, &x, &w], precision);
+        record::<B, C, _, 3>(LinearAdd, [residual_node, x_node, w_node], y, || ([x, w], precision))
+    }
+
+    fn fused_swiglu_linear_add(
+        residual: FloatTensor<Self>,
+        gate_up: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let ((residual, residual_node), (x, x_node), (w, w_node)) = (residual.into_parts(), gate_up.into_parts(), w.into_parts());
+        let y = B::swiglu_linear_add_kernel([&residual, &x, &w], precision);
+        record::<B, C, _, 3>(SwigluLinearAdd, [residual_node, x_node, w_node], y, || ([x, w], precision))
+    }
+
+    fn fused_rope_attention(qkv: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self> {
+        let (qkv, node) = qkv.into_parts();
         let (y, lse) = B::rope_attention_kernel(&qkv, &context);
         let out = y.clone();
-        record::<B, C, _, 3>(RopeAttention, [q_node, k_node, v_node], y, || (qkv, out, lse, context))
+        record::<B, C, _, 1>(RopeAttention, [node], y, || (qkv, out, lse, context))
     }
 
     fn fused_routed_experts(
@@ -111,18 +172,23 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         let inputs = [x, gate, up, down, weights];
         let (y, saved) = B::routed_experts_kernel(&inputs, &context);
         let nodes = [x_node, gate_node, up_node, down_node, weights_node];
-        record::<B, C, _, 5>(RoutedExperts, nodes, y, || (inputs, saved))
+        record::<B, C, _, 5>(RoutedExperts, nodes, y, || (inputs, saved, context.precision))
     }
 
-    fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<[i32]>) -> FloatTensor<Self> {
+    fn fused_head_cross_entropy(
+        states: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Arc<[i32]>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
         let ((states, states_node), (w, w_node)) = (states.into_parts(), w.into_parts());
         // The gradient is a by-product of the forward pass while the logits of a chunk are at hand; without a tape it is not made.
         match HeadCrossEntropy.prepare::<C>([states_node, w_node]).compute_bound().stateful() {
             OpsKind::Tracked(prepared) => {
-                let (loss, gradients) = B::head_cross_entropy_with_gradient(&states, &w, &targets);
+                let (loss, gradients) = B::head_cross_entropy_with_gradient(&states, &w, &targets, precision);
                 prepared.finish(gradients, loss)
             }
-            OpsKind::UnTracked(prepared) => prepared.finish(B::head_cross_entropy_kernel(&states, &w, &targets)),
+            OpsKind::UnTracked(prepared) => prepared.finish(B::head_cross_entropy_kernel(&states, &w, &targets, precision)),
         }
     }
 

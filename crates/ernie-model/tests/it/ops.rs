@@ -5,7 +5,7 @@ use burn::{prelude::*, tensor::Distribution};
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 use ernie_model::{
     batch::IGNORE,
-    ops::{self, AttentionContext, ExpertsContext, plain},
+    ops::{self, AttentionContext, ExpertsContext, Precision, plain},
 };
 
 fn device() -> Device {
@@ -63,13 +63,35 @@ fn attention_over_packed_documents_and_grouped_heads() {
         let context = AttentionContext {
             shape: Shape { q_heads, kv_heads, head_dim },
             cu_seqlens: cu_seqlens.into(),
+            window: None,
             rope: Arc::new(RopeTable::new(500_000.0, head_dim, tokens)),
         };
-        let (q, k, v) =
-            (random([tokens, q_heads * head_dim]), random([tokens, kv_heads * head_dim]), random([tokens, kv_heads * head_dim]));
-        let run = |f: fn(Tensor<2>, Tensor<2>, Tensor<2>, &AttentionContext) -> Tensor<2>| f(q.clone(), k.clone(), v.clone(), &context);
-        agree("attention", run(ops::rope_attention), run(plain::rope_attention), &[&q, &k, &v], &[]);
+        let qkv = random([tokens, (q_heads + 2 * kv_heads) * head_dim]);
+        for window in [None, Some(20)] {
+            let context = AttentionContext { window, ..context.clone() };
+            let run = |f: fn(Tensor<2>, &AttentionContext) -> Tensor<2>| f(qkv.clone(), &context);
+            agree("attention", run(ops::rope_attention), run(plain::rope_attention), &[&qkv], &[]);
+        }
     }
+}
+
+#[test]
+fn layers_behind_a_norm_and_before_a_residual() {
+    let (x, norm, residual) = (random([37, 24]), random([1, 24]), random([37, 19]));
+    let (a, b, c) = (random([19, 24]), random([9, 24]), random([30, 24]));
+    let norm_h = || norm.clone().reshape([24]);
+    let layers = || [a.clone(), b.clone(), c.clone()];
+    let fused = ops::norm_linear(x.clone(), norm_h(), 1e-5, layers(), Precision::F32);
+    agree("three layers", fused, plain::norm_linear(x.clone(), norm_h(), 1e-5, layers()), &[&x, &norm, &a, &b, &c], &[]);
+    let layers = || [a.clone(), b.clone()];
+    let fused = ops::norm_linear(x.clone(), norm_h(), 1e-5, layers(), Precision::F32);
+    agree("two layers", fused, plain::norm_linear(x.clone(), norm_h(), 1e-5, layers()), &[&x, &norm, &a, &b], &[]);
+    let fused = ops::linear_add(residual.clone(), x.clone(), a.clone(), Precision::F32);
+    agree("linear_add", fused, plain::linear_add(residual.clone(), x.clone(), a.clone()), &[&residual, &x, &a], &[]);
+    let (gate_up, w) = (random([37, 28]), random([19, 14]));
+    let fused = ops::swiglu_linear_add(residual.clone(), gate_up.clone(), w.clone(), Precision::F32);
+    let plain = plain::swiglu_linear_add(residual.clone(), gate_up.clone(), w.clone());
+    agree("swiglu_linear_add", fused, plain, &[&residual, &gate_up, &w], &[]);
 }
 
 #[test]
@@ -77,7 +99,7 @@ fn routed_experts_with_idle_and_busy_ones() {
     let (tokens, hidden, intermediate, experts, top_k) = (29, 12, 10, 5, 2);
     // Expert 4 is never chosen; expert 0 by every token.
     let indices = (0..tokens).flat_map(|t| [0, 1 + (t % 3) as u32]).collect::<Vec<u32>>();
-    let context = ExpertsContext { indices: indices.into(), top_k };
+    let context = ExpertsContext { indices: indices.into(), top_k, precision: Precision::F32 };
     let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
     let stacks =
         [random([experts, intermediate, hidden]), random([experts, intermediate, hidden]), random([experts, hidden, intermediate])];
@@ -92,11 +114,11 @@ fn head_and_cross_entropy_with_ignored_targets() {
     let targets = (0..tokens).map(|t| if t % 7 == 0 { IGNORE } else { (t * 31 % vocab) as i32 }).collect::<Vec<_>>();
     let targets: Arc<[i32]> = targets.into();
     let (h, w) = (random([tokens, hidden]), random([vocab, hidden]));
-    let fused = ops::head_cross_entropy(h.clone(), w.clone(), &targets);
+    let fused = ops::head_cross_entropy(h.clone(), w.clone(), &targets, Precision::F32);
     let plain = plain::cross_entropy(plain::linear(h.clone(), w.clone()), &targets);
     agree("cross entropy", fused.clone(), plain, &[&h, &w], &[]);
     // Off the tape the loss alone is computed, by other code.
-    let untracked = ops::head_cross_entropy(h.inner(), w.inner(), &targets);
+    let untracked = ops::head_cross_entropy(h.inner(), w.inner(), &targets, Precision::F32);
     assert!((ops::scalar(&untracked) - ops::scalar(&fused)).abs() < 1e-6);
 }
 
