@@ -22,9 +22,11 @@ pub struct Step {
     pub weight_decay: f64,
     /// The number of this step, 1 for the first.
     pub step: u64,
+    /// What every gradient is multiplied by as it is read, for clipping; 1 leaves them as they are.
+    pub gradient_scale: f32,
 }
 
-/// One step: m += (1−β1)(g−m), v = β2·v + (1−β2)·g², p = p·(1 − lr·decay) − lr/(1−β1ˢ) · m / (√v/√(1−β2ˢ) + eps).
+/// One step, with g the scaled gradient: m += (1−β1)(g−m), v = β2·v + (1−β2)·g², p = p·(1 − lr·decay) − lr/(1−β1ˢ) · m / (√v/√(1−β2ˢ) + eps).
 pub fn step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: &Step) {
     assert!(p.len() == g.len() && m.len() == p.len() && v.len() == p.len(), "operands of different lengths");
     assert!(step.step >= 1, "steps count from 1");
@@ -46,6 +48,7 @@ struct Factors {
     root_correction: f32,
     eps: f32,
     rate: f32,
+    gradient_scale: f32,
 }
 
 impl Factors {
@@ -59,6 +62,7 @@ impl Factors {
             root_correction: (1.0 / (1.0 - step.beta2.powi(exponent)).sqrt()) as f32,
             eps: step.eps as f32,
             rate: (step.lr / (1.0 - step.beta1.powi(exponent))) as f32,
+            gradient_scale: step.gradient_scale,
         }
     }
 }
@@ -66,6 +70,7 @@ impl Factors {
 simd_fn! {
     fn step_block<FMA>(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: Factors) {
         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * f.gradient_scale;
             *m = mul_add::<FMA>(f.one_minus_beta1, g - *m, *m);
             *v = mul_add::<FMA>(f.beta2, *v, f.one_minus_beta2 * g * g);
             *p = *p * f.keep - f.rate * *m / mul_add::<FMA>(v.sqrt(), f.root_correction, f.eps);
@@ -107,8 +112,9 @@ pub mod scalar {
         let correction1 = 1.0 - step.beta1.powf(step.step as f64);
         let correction2 = 1.0 - step.beta2.powf(step.step as f64);
         for i in 0..p.len() {
-            m[i] = step.beta1 * m[i] + (1.0 - step.beta1) * g[i];
-            v[i] = step.beta2 * v[i] + (1.0 - step.beta2) * g[i] * g[i];
+            let g = g[i] * f64::from(step.gradient_scale);
+            m[i] = step.beta1 * m[i] + (1.0 - step.beta1) * g;
+            v[i] = step.beta2 * v[i] + (1.0 - step.beta2) * g * g;
             p[i] -= step.lr * step.weight_decay * p[i];
             p[i] -= step.lr * (m[i] / correction1) / ((v[i] / correction2).sqrt() + step.eps);
         }
@@ -134,7 +140,7 @@ mod tests {
             let (mut p_expected, mut m_expected, mut v_expected) = (wide(&start), vec![0.0; n], vec![0.0; n]);
             for count in 1..=10 {
                 let g = random.vec(n, 0.1);
-                let now = Step { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: count };
+                let now = Step { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: count, gradient_scale: 0.75 };
                 step(&mut p, &g, &mut m, &mut v, &now);
                 scalar::step(&mut p_expected, &wide(&g), &mut m_expected, &mut v_expected, &now);
             }
@@ -147,7 +153,7 @@ mod tests {
     #[test]
     fn the_first_step_moves_by_the_learning_rate() {
         let (mut p, mut m, mut v) = ([1.0, 1.0], [0.0; 2], [0.0; 2]);
-        let now = Step { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 0.0, weight_decay: 0.0, step: 1 };
+        let now = Step { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 0.0, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
         step(&mut p, &[3.0, -0.5], &mut m, &mut v, &now);
         assert_close("p", &p, &[0.99, 1.01], 1e-6);
     }

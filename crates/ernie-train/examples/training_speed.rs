@@ -12,7 +12,7 @@ use std::{
 };
 
 use ernie_checkpoint::Checkpoint;
-use ernie_model::{Ernie, LossWeights, PackedBatch};
+use ernie_model::{Ernie, LossWeights, PackedBatch, ops::Precision};
 use ernie_train::optimizer::{self, AdamW, AdamWConfig};
 
 // As in the binary: which allocator large buffers come from is part of the speed.
@@ -39,23 +39,6 @@ fn main() -> ExitCode {
         Err(reason) => {
             eprintln!("training_speed: {reason}");
             ExitCode::FAILURE
-        }
-    }
-}
-
-/// What the matrix products of training are computed in.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Precision {
-    F32,
-    Int8Mixed,
-}
-
-impl Precision {
-    /// The model, set to train in this precision. The one place to connect another precision.
-    fn apply(self, model: Ernie) -> Result<Ernie, String> {
-        match self {
-            Self::F32 => Ok(model),
-            Self::Int8Mixed => Err("--precision int8-mixed: the library cannot train in it yet; use f32".to_string()),
         }
     }
 }
@@ -110,7 +93,8 @@ fn run(options: &Options) -> Result<serde_json::Value, String> {
     // 0 threads: rayon's default, all of the machine's.
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().map_err(|error| format!("--threads: {error}"))?;
     let mut batches = Batches::open(options)?;
-    let mut model = options.precision.apply(load(&options.model)?)?;
+    let mut model = load(&options.model)?;
+    model.set_precision(options.precision);
     model.reserve_positions(options.length);
     let mut adamw = AdamW::new(ADAMW);
 
@@ -119,14 +103,9 @@ fn run(options: &Options) -> Result<serde_json::Value, String> {
         let start = Instant::now();
         let batch = batches.next()?;
         let loss = model.loss(&batch, &LossWeights::default());
-        let mut gradients = model.backward(loss.total);
-        if options.clip > 0.0 {
-            let norm = optimizer::global_norm(&gradients);
-            optimizer::clip(&mut gradients, norm, options.clip);
-        }
-        model = adamw.update(model, LR, &gradients, |_, _| {});
-        // The gradients are freed inside the step, as the trainer does and as PyTorch's `zero_grad` does in its own.
-        drop(gradients);
+        let gradients = model.backward(loss.total);
+        let scale = if options.clip > 0.0 { optimizer::clip_scale(optimizer::global_norm(&gradients), options.clip) } else { 1.0 };
+        model = adamw.update(model, LR, gradients, scale, |_, _| {});
         losses.push(loss.cross_entropy);
         seconds.push(start.elapsed().as_secs_f64());
     }

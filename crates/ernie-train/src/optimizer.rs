@@ -1,7 +1,7 @@
 //! AdamW over the network's named parameters, with clipping by the global norm.
 use std::collections::BTreeMap;
 
-use ernie_kernels::adamw;
+use ernie_kernels::{adamw, scratch};
 use ernie_model::{Ernie, NamedParameters, parameters::Parameter};
 
 /// Settings of AdamW (arXiv 1711.05101), as in `torch.optim.AdamW`.
@@ -42,19 +42,20 @@ impl AdamW {
         Self { config, step: 0, moments: BTreeMap::new() }
     }
 
-    /// One update of every parameter that has a gradient. `after` sees each parameter's values after its update, trainable or not, and may
-    /// change them (router bias, orthogonality).
+    /// One update of every parameter that has a gradient, by the gradients times `gradient_scale` (see [`clip_scale`]); their buffers are kept for
+    /// the next step's. `after` sees each parameter's values after its update, trainable or not, and may change them (router bias, orthogonality).
     pub fn update(
         &mut self,
         model: Ernie,
         lr: f64,
-        gradients: &NamedParameters,
+        mut gradients: NamedParameters,
+        gradient_scale: f32,
         mut after: impl FnMut(&Parameter, &mut Vec<f32>),
     ) -> Ernie {
         self.step += 1;
         let step = self.step;
         model.map_parameters(|parameter, mut values| {
-            if let Some(gradient) = gradients.get(&parameter.name).filter(|_| parameter.trainable) {
+            if let Some(gradient) = gradients.remove(&parameter.name).filter(|_| parameter.trainable) {
                 let moments = self
                     .moments
                     .entry(parameter.name.clone())
@@ -66,8 +67,10 @@ impl AdamW {
                     eps: self.config.eps,
                     weight_decay: if decays(parameter) { self.config.weight_decay } else { 0.0 },
                     step,
+                    gradient_scale,
                 };
-                adamw::step(&mut values, gradient, &mut moments.first, &mut moments.second, &update);
+                adamw::step(&mut values, &gradient, &mut moments.first, &mut moments.second, &update);
+                scratch::recycle(gradient);
             }
             after(parameter, &mut values);
             values
@@ -88,7 +91,8 @@ pub fn accumulate(into: &mut NamedParameters, gradients: NamedParameters) {
                 entry.insert(gradient);
             }
             std::collections::btree_map::Entry::Occupied(mut entry) => {
-                entry.get_mut().iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
+                entry.get_mut().iter_mut().zip(&gradient).for_each(|(sum, g)| *sum += g);
+                scratch::recycle(gradient);
             }
         }
     }
@@ -99,13 +103,10 @@ pub fn global_norm(gradients: &NamedParameters) -> f64 {
     gradients.values().map(|gradient| adamw::sum_of_squares(gradient)).sum::<f64>().sqrt()
 }
 
-/// Scales all gradients so that their global norm is at most `max_norm` (0: no limit), given that it is `norm` now.
-pub fn clip(gradients: &mut NamedParameters, norm: f64, max_norm: f64) {
-    if max_norm > 0.0 && norm > max_norm {
-        // 1e-6 as in torch.nn.utils.clip_grad_norm_.
-        let factor = (max_norm / (norm + 1e-6)) as f32;
-        gradients.values_mut().for_each(|gradient| adamw::scale(gradient, factor));
-    }
+/// What gradients whose global norm is `norm` must be multiplied by to have one of at most `max_norm` (0: no limit).
+pub fn clip_scale(norm: f64, max_norm: f64) -> f32 {
+    // 1e-6 as in torch.nn.utils.clip_grad_norm_.
+    if max_norm > 0.0 && norm > max_norm { (max_norm / (norm + 1e-6)) as f32 } else { 1.0 }
 }
 
 #[cfg(test)]
@@ -117,14 +118,11 @@ mod tests {
     }
 
     #[test]
-    fn clipping_keeps_direction_and_bounds_the_norm() {
-        let mut g = gradients(&[("a", &[3.0, 0.0]), ("b", &[4.0])]);
+    fn clipping_bounds_the_norm() {
+        let g = gradients(&[("a", &[3.0, 0.0]), ("b", &[4.0])]);
         assert_eq!(global_norm(&g), 5.0);
-        clip(&mut g, 5.0, 10.0);
-        assert_eq!(g["a"], [3.0, 0.0]);
-        clip(&mut g, 5.0, 1.0);
-        assert!((global_norm(&g) - 1.0).abs() < 1e-5);
-        assert!((g["b"][0] / g["a"][0] - 4.0 / 3.0).abs() < 1e-6);
+        assert_eq!([clip_scale(5.0, 10.0), clip_scale(5.0, 0.0), clip_scale(5.0, 5.0)], [1.0; 3]);
+        assert!((clip_scale(5.0, 1.0) - 0.2).abs() < 1e-6);
     }
 
     #[test]

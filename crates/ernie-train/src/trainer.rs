@@ -3,6 +3,7 @@
 //! Same recipe, same data, same machine: same bits, whether or not the run was interrupted. Everything a step depends on is in the
 //! [`Snapshot`]: weights, moments, and the position in the data.
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -200,9 +201,9 @@ struct Trainer<'a> {
 struct StepOutcome {
     gradients: NamedParameters,
     cross_entropy: f64,
-    extra: std::collections::BTreeMap<String, f64>,
+    extra: BTreeMap<String, f64>,
     /// Tokens per expert, by MoE layer.
-    usage: std::collections::BTreeMap<usize, Vec<u64>>,
+    usage: BTreeMap<usize, Vec<u64>>,
 }
 
 impl<'a> Trainer<'a> {
@@ -287,13 +288,13 @@ impl<'a> Trainer<'a> {
         let step = self.position.step + 1;
         let batches =
             (0..self.recipe.data.gradient_accumulation).map(|_| self.packer.next_batch().map(packed)).collect::<Result<Vec<_>, _>>()?;
-        let mut outcome = self.gradients(&batches);
+        let outcome = self.gradients(&batches);
         finite(step, "the loss", outcome.cross_entropy)?;
         let norm = optimizer::global_norm(&outcome.gradients);
         finite(step, "the gradient norm", norm)?;
-        optimizer::clip(&mut outcome.gradients, norm, self.recipe.optimizer.clip_norm);
         let lr = self.schedule.lr(step);
-        self.update(lr, &outcome);
+        let StepOutcome { gradients, cross_entropy, extra, usage } = outcome;
+        self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &usage);
 
         let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum::<u64>();
         let seconds = start.elapsed().as_secs_f64();
@@ -302,7 +303,7 @@ impl<'a> Trainer<'a> {
         self.position.seconds += seconds;
         self.position.data = self.packer.state().clone();
         let unlogged = &mut self.position.unlogged;
-        unlogged.loss += outcome.cross_entropy;
+        unlogged.loss += cross_entropy;
         unlogged.tokens += tokens;
         unlogged.seconds += seconds;
         unlogged.steps += 1;
@@ -315,7 +316,7 @@ impl<'a> Trainer<'a> {
                 lr,
                 grad_norm: norm,
                 tok_s: logged.tokens as f64 / logged.seconds,
-                extra: outcome.extra,
+                extra,
             })?;
         }
         Ok(())
@@ -356,14 +357,14 @@ impl<'a> Trainer<'a> {
     }
 
     /// AdamW on everything; then, per router, the orthogonality step and the bias update.
-    fn update(&mut self, lr: f64, outcome: &StepOutcome) {
+    fn update(&mut self, lr: f64, gradients: NamedParameters, gradient_scale: f32, usage: &BTreeMap<usize, Vec<u64>>) {
         let loss = self.recipe.loss.clone();
         let model = self.model.take().expect("the model is only away inside `step`");
-        let updated = self.optimizer.update(model, lr, &outcome.gradients, |parameter, values| {
+        let updated = self.optimizer.update(model, lr, gradients, gradient_scale, |parameter, values| {
             if parameter.name.ends_with("mlp.gate.weight") && loss.orthogonality > 0.0 {
                 routing::orthogonality_step(values, parameter.shape[0], lr * loss.orthogonality);
             }
-            if let Some(usage) = router_layer(parameter).and_then(|layer| outcome.usage.get(&layer)) {
+            if let Some(usage) = router_layer(parameter).and_then(|layer| usage.get(&layer)) {
                 routing::update_bias(values, usage, loss.bias_update_rate);
             }
         });
