@@ -15,7 +15,7 @@ use crate::scratch::Scratch;
 pub const IGNORE: i32 = -100;
 
 /// Tokens whose logits exist together, at most (each chunk reads and writes all of dw once, so larger is better) …
-const MAX_CHUNK: usize = 512;
+const MAX_CHUNK: usize = 256;
 /// … and so many that there are no more logits than this (64 MiB), though never fewer than [`MIN_CHUNK`] tokens.
 const MAX_LOGITS: usize = 1 << 24;
 const MIN_CHUNK: usize = 64;

@@ -17,7 +17,7 @@ use crate::arch::quantised::Rounding;
 use crate::linear::{add_rows, add_to_rows};
 use crate::matmul::{Left, Precision, Right, multiply};
 use crate::row::{dot, scale};
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, recycle, take_buffer};
 use crate::swiglu;
 
 /// Places of one task. An expert's weights are packed anew for each block, so small blocks waste time and large ones leave threads idle.
@@ -115,9 +115,16 @@ pub struct Saved {
     shape: Shape,
     grouping: Grouping,
     /// gate_e·x by place, `[n, i]`.
-    gate: Scratch,
+    gate: Vec<f32>,
     /// up_e·x by place, `[n, i]`.
-    up: Scratch,
+    up: Vec<f32>,
+}
+
+impl Drop for Saved {
+    fn drop(&mut self) {
+        recycle(std::mem::take(&mut self.gate));
+        recycle(std::mem::take(&mut self.up));
+    }
 }
 
 /// `y[t, h]` (overwritten) from `x[t, h]`. `indices[t, k]` are each token's experts and `routing[t, k]` what their outputs are multiplied by; they
@@ -128,7 +135,7 @@ pub fn forward(y: &mut [f32], x: &[f32], weights: &Weights<'_>, indices: &[u32],
     assert!(x.len() == tokens * h && y.len() == x.len(), "x and y of {shape:?}");
     assert!(indices.len() == shape.pairs() && routing.len() == shape.pairs(), "routing of {shape:?}");
     let grouping = Grouping::new(indices, shape);
-    let (mut gate, mut up) = (Scratch::take(shape.pairs() * i), Scratch::take(shape.pairs() * i));
+    let (mut gate, mut up) = (take_buffer(shape.pairs() * i), take_buffer(shape.pairs() * i));
     let mut outputs = Scratch::take(shape.pairs() * h);
     let gates = grouping.split_blocks(&mut gate, i);
     let ups = grouping.split_blocks(&mut up, i);

@@ -47,6 +47,18 @@ simd_fn! {
     }
 }
 
+simd_fn! {
+    /// [`backward`] on the calling thread alone, the gradients in the place of gate and up.
+    pub(crate) fn backward_in_place<FMA>(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (gate, up) = (*g, *u);
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-gate));
+            *u = dy * gate * sigmoid;
+            *g = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+        }
+    }
+}
+
 /// The same by plain loops in f64.
 pub mod scalar {
     /// y; see [`forward`](super::forward).

@@ -45,23 +45,21 @@ impl SwigluLinear<'_> {
         }
     }
 
-    /// `dgate_up[t, 2·i]` and `dw[h, i]` (both overwritten) from `dy[t, h]`; the gradient of the residual is dy itself.
-    pub fn backward(&self, dgate_up: &mut [f32], dw: &mut [f32], gate_up: &[f32], dy: &[f32]) {
+    /// Puts the gradient of `gate_up[t, 2·i]` in its place, and writes `dw[h, i]`, from `dy[t, h]`; the gradient of the residual is dy itself.
+    pub fn backward(&self, gate_up: &mut [f32], dw: &mut [f32], dy: &[f32]) {
         let (h, i) = (self.hidden(dy, gate_up), self.intermediate);
-        assert!(dgate_up.len() == gate_up.len() && dw.len() == self.weights.len(), "a gradient must be shaped as its operand");
+        assert_eq!(dw.len(), self.weights.len(), "a gradient must be shaped as its operand");
         let layer = Backward::new(Layers { weights: &[self.weights], k: i }, self.precision);
         let mut update = Update::Set;
-        let chunks = dgate_up.chunks_mut(CHUNK * 2 * i).zip(gate_up.chunks(CHUNK * 2 * i)).zip(dy.chunks(CHUNK * h));
-        for ((dgate_up, gate_up), dy) in chunks {
+        for (gate_up, dy) in gate_up.chunks_mut(CHUNK * 2 * i).zip(dy.chunks(CHUNK * h)) {
             let activations = activations(gate_up, i);
             layer.weights(&mut [dw], dy, &activations, update);
             let mut dactivations = activations; // Its buffer: the activations are of no more use.
             layer.input(&mut dactivations, dy);
-            let rows = dgate_up.par_chunks_exact_mut(2 * i).zip(gate_up.par_chunks_exact(2 * i)).zip(dactivations.par_chunks_exact(i));
-            rows.with_min_len(16).for_each(|((d, gate_up), dactivation)| {
-                let (dgate, dup) = d.split_at_mut(i);
-                let (gate, up) = gate_up.split_at(i);
-                swiglu::backward_block(dgate, dup, gate, up, dactivation);
+            let rows = gate_up.par_chunks_exact_mut(2 * i).zip(dactivations.par_chunks_exact(i));
+            rows.with_min_len(16).for_each(|(gate_up, dactivation)| {
+                let (gate, up) = gate_up.split_at_mut(i);
+                swiglu::backward_in_place(gate, up, dactivation);
             });
             update = Update::Add;
         }
@@ -104,8 +102,8 @@ mod tests {
                     linear::forward(&activations, &w, None, t, h, i).iter().zip(&residual).map(|(a, b)| a + b).collect();
                 assert_close("y", &y, &expected, tolerance);
 
-                let (mut dgate_up, mut dw) = (vec![f32::NAN; gate_up.len()], vec![f32::NAN; w.len()]);
-                op.backward(&mut dgate_up, &mut dw, &gate_up, &dy);
+                let (mut dgate_up, mut dw) = (gate_up.clone(), vec![f32::NAN; w.len()]);
+                op.backward(&mut dgate_up, &mut dw, &dy);
                 let (dactivations, dw_expected, _) = linear::backward(&activations, &w, &dy, t, h, i);
                 assert_close("dw", &dw, &dw_expected, tolerance);
                 let (dgate, dup) = swiglu::scalar::backward(&wide(&gate), &wide(&up), &wide(&dactivations));

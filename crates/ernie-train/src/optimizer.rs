@@ -54,7 +54,7 @@ impl AdamW {
     ) -> Ernie {
         self.step += 1;
         let step = self.step;
-        model.map_parameters(|parameter, mut values| {
+        let updated = model.map_parameters(|parameter, mut values| {
             if let Some(gradient) = gradients.remove(&parameter.name).filter(|_| parameter.trainable) {
                 let moments = self
                     .moments
@@ -74,7 +74,9 @@ impl AdamW {
             }
             after(parameter, &mut values);
             values
-        })
+        });
+        scratch::end_step();
+        updated
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Letters: n keys of a block, 32 queries; matrices whose columns are queries are `[·, 32]`.
 
+#![allow(clippy::needless_range_loop)] // indices name lanes side by side; iterators would hide which
+
 use std::ops::Range;
 
 use super::{Layer, Shape};
@@ -283,9 +285,16 @@ fn write_rows(rows: &mut MatMut<'_>, x: &[f32], factors: &[f32; QUERIES]) {
         let width = PART.min(d - first);
         let elements: [&[f32]; PART] = std::array::from_fn(|i| if i < width { &x[(first + i) * QUERIES..][..QUERIES] } else { &[][..] });
         transpose::<PART>(&mut part, &elements, QUERIES);
-        for (query, part) in part.chunks_exact(PART).enumerate().take(queries) {
-            for (to, from) in rows.row_mut(query)[first..first + width].iter_mut().zip(part) {
-                *to = from * factors[query];
+        for query in 0..queries {
+            let (to, from) = (&mut rows.row_mut(query)[first..first + width], &part[query * PART..][..PART]);
+            if width == PART {
+                for i in 0..PART {
+                    to[i] = from[i] * factors[query];
+                }
+            } else {
+                for i in 0..width {
+                    to[i] = from[i] * factors[query];
+                }
             }
         }
     }

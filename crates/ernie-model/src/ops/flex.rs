@@ -211,11 +211,13 @@ impl FusedKernels for Flex {
     }
 
     fn swiglu_linear_add_gradient([gate_up, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
-        let (dy, gate_up, w) = (ordered(dy), in_order(gate_up), ordered(&w));
+        let (dy, mut gate_up, w) = (ordered(dy), in_order(gate_up), ordered(&w));
+        if !gate_up.is_unique() {
+            gate_up = filled(&gate_up, |copy| copy.copy_from_slice(slice(&gate_up)));
+        }
         let mut dw = buffer(len(&w));
-        let dgate_up = filled(&gate_up, |d| swiglu_linear(&w, precision).backward(d, &mut dw, slice(&gate_up), slice(&dy)));
-        recycle(gate_up);
-        [dgate_up, tensor(dw, shape(&w))]
+        swiglu_linear(&w, precision).backward(gate_up.storage_mut::<f32>(), &mut dw, slice(&dy));
+        [gate_up, tensor(dw, shape(&w))]
     }
 
     fn rope_attention_kernel(qkv: &X, context: &AttentionContext) -> (X, Arc<Vec<f32>>) {
