@@ -1,5 +1,6 @@
 //! The rounding loops of [`quantised`](super::quantised) for AVX-512: the same bits as the loops there, several times faster.
 #![allow(unsafe_code)] // the instruction set itself: vector loads and stores through pointers
+#![allow(clippy::needless_range_loop)] // indices name registers; iterators would hide which
 
 use std::arch::x86_64::*;
 

@@ -49,6 +49,9 @@ pub struct Packed8<const W: usize, const OFFSET: bool> {
     starts: Vec<usize>,
 }
 
+/// Where a panel's words, scales and sums are written.
+type Slot<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [i32]);
+
 /// One block of one panel.
 #[derive(Clone, Copy)]
 pub struct Panel<'a> {
@@ -79,7 +82,7 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         let mut data = Scratch::take(panels * W * words);
         let (mut scales, mut sums) = (vec![0.0; panels * blocks.len() * W], vec![0; panels * blocks.len() * W]);
         if words > 0 {
-            let fill = |(panel, ((out, scales), sums)): (usize, ((&mut [f32], &mut [f32]), &mut [i32]))| {
+            let fill = |(panel, ((out, scales), sums)): (usize, Slot<'_>)| {
                 let mut rest = out;
                 for (index, &(part, from, length)) in blocks.iter().enumerate() {
                     let (out, tail) = rest.split_at_mut(W * length.div_ceil(4));
@@ -432,6 +435,8 @@ mod tests {
         }
     }
 
+    type Quantise = fn(&mut [u32], &mut [f32], &mut [i32], Columns<'_>, bool, u32);
+
     #[test]
     fn every_instruction_set_rounds_to_the_same_bits() {
         let mut random = Random::new(33);
@@ -442,13 +447,13 @@ mod tests {
                 let (mut a, mut b) = (vec![1u8; length.next_multiple_of(4)], vec![2u8; length.next_multiple_of(4)]);
                 assert_eq!(quantise_row(&mut a, &x[..length], stochastic, 5), plain_row(&mut b, &x[..length], stochastic, 5));
                 assert_eq!(a, b);
-                let by_columns = |f: fn(&mut [u32], &mut [f32], &mut [i32], Columns<'_>, bool, u32)| {
+                let by_columns = |f: Quantise| {
                     let (mut words, mut scales, mut sums) = (vec![1; 32 * length.div_ceil(4)], vec![1.0; 32], vec![1; 32]);
                     f(&mut words, &mut scales, &mut sums, columns, stochastic, 6);
                     (words, scales, sums)
                 };
                 assert_eq!(by_columns(quantise_columns::<32>), by_columns(plain_columns::<32>));
-                let by_narrow = |f: fn(&mut [u32], &mut [f32], &mut [i32], Columns<'_>, bool, u32)| {
+                let by_narrow = |f: Quantise| {
                     let (mut words, mut scales, mut sums) = (vec![1; 12 * length.div_ceil(4)], vec![1.0; 12], vec![1; 12]);
                     f(&mut words, &mut scales, &mut sums, Columns { width: width.min(12), ..columns }, stochastic, 6);
                     (words, scales, sums)

@@ -123,10 +123,11 @@ impl FusedKernels for Flex {
     }
 
     fn linear_gradient(x: X, w: X, dy: X) -> [X; 2] {
-        let (x, w, dy) = (ordered(&x), ordered(&w), ordered(&dy));
+        let (x, w, dy) = (in_order(x), ordered(&w), in_order(dy));
         let ([m, k], [n, _]) = (dims(&x), dims(&w));
         let (mut dx, mut dw) = (buffer(m * k), buffer(n * k));
         kernels::linear::backward(Some(&mut dx), &mut dw, None, slice(&x), slice(&w), slice(&dy), k, Precision::F32);
+        [x, dy].into_iter().for_each(recycle);
         [tensor(dx, [m, k]), tensor(dw, [n, k])]
     }
 
@@ -136,9 +137,10 @@ impl FusedKernels for Flex {
     }
 
     fn rms_norm_gradient(x: X, w: X, eps: f64, dy: X) -> [X; 2] {
-        let (x, w, dy) = (ordered(&x), ordered(&w), ordered(&dy));
+        let (x, w, dy) = (in_order(x), ordered(&w), in_order(dy));
         let mut dw = buffer(len(&w));
         let dx = filled(&x, |dx| kernels::rms_norm::backward(dx, &mut dw, slice(&x), slice(&w), slice(&dy), eps as f32));
+        [x, dy].into_iter().for_each(recycle);
         [dx, tensor(dw, shape(&w))]
     }
 
@@ -248,21 +250,16 @@ impl FusedKernels for Flex {
     }
 
     fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, precision: Precision, dy: X) -> [X; 5] {
-        let [x, gate, up, down, weights] = inputs.each_ref().map(ordered);
-        let dy = ordered(&dy);
-        let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down), precision);
+        let (inputs, dy) = (inputs.map(in_order), in_order(dy));
         let mut gradients = inputs.each_ref().map(|input| buffer(len(input)));
+        let [x, gate, up, down, weights] = inputs.each_ref().map(slice);
+        let stacks = kernels::experts::Weights::new(gate, up, down, precision);
         let [dx, dgate, dup, ddown, dweights] = &mut gradients;
         let into = kernels::experts::Gradients::new(dx, dgate, dup, ddown, dweights);
-        kernels::experts::backward(saved, into, slice(&x), &stacks, slice(&weights), slice(&dy));
-        let [dx, dgate, dup, ddown, dweights] = gradients;
-        [
-            tensor(dx, shape(&x)),
-            tensor(dgate, shape(&gate)),
-            tensor(dup, shape(&up)),
-            tensor(ddown, shape(&down)),
-            tensor(dweights, shape(&weights)),
-        ]
+        kernels::experts::backward(saved, into, x, &stacks, weights, slice(&dy));
+        let mut shapes = inputs.each_ref().map(shape).into_iter();
+        inputs.into_iter().chain([dy]).for_each(recycle);
+        gradients.map(|gradient| tensor(gradient, shapes.next().expect("a shape for each")))
     }
 
     fn head_cross_entropy_kernel(states: &X, w: &X, targets: &[i32], precision: Precision) -> X {
@@ -304,7 +301,9 @@ impl FusedKernels for Flex {
     fn embedding_gradient(w_shape: [usize; 2], ids: &[u32], dy: X) -> X {
         let mut dw = buffer(w_shape[0] * w_shape[1]);
         dw.fill(0.0);
-        kernels::embedding::scatter_add(&mut dw, slice(&ordered(&dy)), ids);
+        let dy = in_order(dy);
+        kernels::embedding::scatter_add(&mut dw, slice(&dy), ids);
+        recycle(dy);
         tensor(dw, w_shape)
     }
 }
