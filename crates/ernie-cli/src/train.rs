@@ -3,7 +3,7 @@ use anyhow::Context;
 use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions};
 use ernie_train::data::{self, SourceReport};
 use ernie_train::recipe::{Export, ExportDtype, Limits};
-use ernie_train::{Recipe, Report, TrainOptions, snapshot};
+use ernie_train::{Precision, Recipe, Report, TrainOptions, snapshot};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -43,7 +43,10 @@ pub struct TrainArguments {
     /// Write to this folder instead of the recipe's
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Check the recipe and show what the data come to; trains nothing
+    /// Compute the large products in this precision instead of the recipe's
+    #[arg(long, value_enum, value_name = "PRECISION")]
+    precision: Option<PrecisionName>,
+    /// Check the recipe and show what the data and the memory come to; trains nothing
     #[arg(long)]
     dry_run: bool,
     /// No progress on standard error
@@ -52,6 +55,24 @@ pub struct TrainArguments {
     /// Print the report as one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// `run.precision` of a recipe, as a flag.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PrecisionName {
+    /// Single precision
+    F32,
+    /// Rounded to 8 bits with scales, gradients stochastically; faster
+    Int8Mixed,
+}
+
+impl From<PrecisionName> for Precision {
+    fn from(name: PrecisionName) -> Self {
+        match name {
+            PrecisionName::F32 => Self::F32,
+            PrecisionName::Int8Mixed => Self::Int8Mixed,
+        }
+    }
 }
 
 /// What `--dry-run` finds.
@@ -82,6 +103,9 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     }
     if let Some(out) = &arguments.out {
         recipe.run.out = out.clone();
+    }
+    if let Some(precision) = arguments.precision {
+        recipe.run.precision = precision.into();
     }
     if arguments.dry_run {
         return dry_run(arguments, &recipe);
@@ -141,6 +165,9 @@ fn print_report(arguments: &TrainArguments, report: &Report, exported: Option<&P
         card::duration(report.seconds),
         report.model_dir.display()
     );
+    if let Some(bytes) = report.peak_rss_bytes {
+        let _ = writeln!(out, "memory    {} MiB at most", bytes >> 20);
+    }
     if let Some(dir) = exported {
         let _ = writeln!(out, "exported  {}", dir.display());
     }

@@ -17,6 +17,7 @@ pub mod mtp;
 pub mod norm;
 pub mod ops;
 pub mod parameters;
+mod recompute;
 pub mod text;
 
 pub use batch::PackedBatch;

@@ -13,11 +13,7 @@ use crate::{
     ops,
     ops::{ExpertsContext, Precision},
 };
-use burn::{
-    module::Param,
-    prelude::*,
-    tensor::{TensorData, activation},
-};
+use burn::{module::Param, prelude::*, tensor::TensorData};
 use ernie_checkpoint::{Config, MoeConfig};
 use ernie_kernels::router;
 
@@ -89,7 +85,7 @@ impl Moe {
     pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, precision: Precision) -> (Tensor<2>, Routing) {
         let z_th = norm.forward(x_th.clone());
         let logits_te = self.gate.forward(z_th.clone());
-        let probs_te = activation::softmax(logits_te.clone(), 1);
+        let probs_te = softmax(logits_te.clone());
         let (indices, weights_tk) = self.select(&probs_te);
         let experts = &self.experts;
         let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k, precision };
@@ -113,6 +109,14 @@ impl Moe {
         let total_t1 = chosen_tk.clone().sum_dim(1).clamp_min(self.norm_min);
         (indices.into(), chosen_tk / total_t1)
     }
+}
+
+/// Over rows, in these very steps: Burn's own has another order on the tape than off it, and layers that are computed again for their gradients
+/// (`recompute.rs`) must come to the same bits.
+fn softmax(logits_te: Tensor<2>) -> Tensor<2> {
+    let max_t1 = logits_te.clone().detach().max_dim(1);
+    let exp_te = (logits_te - max_t1).exp();
+    exp_te.clone() / exp_te.sum_dim(1)
 }
 
 impl Routing {

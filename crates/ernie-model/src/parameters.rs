@@ -139,7 +139,12 @@ impl Ernie {
 
     /// Gradients of a loss made by this network, by internal name; parameters that the loss does not reach are absent.
     pub fn backward(&self, loss: Tensor<1>) -> NamedParameters {
-        let mut visitor = GradientVisitor { path: Path::default(), tape: loss.backward(), gradients: BTreeMap::new() };
+        self.collect_gradients(loss.backward())
+    }
+
+    /// The parameters' gradients out of those of a tape.
+    pub(crate) fn collect_gradients(&self, tape: burn::tensor::Gradients) -> NamedParameters {
+        let mut visitor = GradientVisitor { path: Path::default(), tape, gradients: BTreeMap::new() };
         self.visit(&mut visitor);
         visitor.gradients
     }

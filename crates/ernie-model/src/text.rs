@@ -245,38 +245,50 @@ impl Ernie {
     /// The training loss `CE + Σ weight·term` of a batch.
     pub fn loss(&self, batch: &PackedBatch, weights: &LossWeights) -> Losses {
         let hidden = self.forward(batch);
-        let mut total = self.cross_entropy(hidden.states_th.clone(), &batch.targets);
+        let losses = self.head_losses(hidden.states_th, batch, weights);
+        losses.with_routing(&hidden.routing, weights)
+    }
+
+    /// The terms of the loss that normed hidden states decide: cross-entropy and multi-token prediction.
+    pub(crate) fn head_losses(&self, states_th: Tensor<2>, batch: &PackedBatch, weights: &LossWeights) -> Losses {
+        let mut total = self.cross_entropy(states_th.clone(), &batch.targets);
         let cross_entropy = ops::scalar(&total);
         let mut mtp = None;
         if let Some(block) = self.model.mtp.as_ref().filter(|_| weights.mtp != 0.0) {
             let next = batch.shifted();
             let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &next.ids);
-            let states_th = self.model.norm.forward(block.forward(embedding_th, hidden.states_th, &self.layer_context(batch)));
+            let states_th = self.model.norm.forward(block.forward(embedding_th, states_th, &self.layer_context(batch)));
             let term = self.cross_entropy(states_th, &next.targets);
             mtp = Some(ops::scalar(&term));
             total = total + term * weights.mtp;
         }
-        let layers = hidden.routing.len() as f64;
-        let mut add = |weight: f64, term: fn(&Routing) -> Tensor<1>| {
-            let sum = hidden.routing.iter().map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
-            let mean = sum / layers;
-            let value = ops::scalar(&mean);
-            if weight != 0.0 {
-                total = total.clone() + mean * weight;
-            }
-            Some(value)
-        };
-        let balance = add(weights.balance, Routing::balance_loss);
-        let z = add(weights.z, Routing::z_loss);
-        let usage = hidden.routing.iter().map(|(layer, routing)| (*layer, routing.usage())).collect();
-        Losses { total, cross_entropy, mtp, balance, z, usage }
+        Losses { total, cross_entropy, mtp, balance: None, z: None, usage: Vec::new() }
     }
 
-    fn layer_context(&self, batch: &PackedBatch) -> LayerContext {
+    pub(crate) fn layer_context(&self, batch: &PackedBatch) -> LayerContext {
         let config = &self.config;
         let shape =
             attention::Shape { q_heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim };
         let attention = AttentionContext { shape, cu_seqlens: batch.cu_seqlens.clone(), window: None, rope: self.rope.clone() };
         LayerContext { attention, precision: self.precision }
+    }
+}
+
+impl Losses {
+    /// With the terms that routing decides, each the mean over the MoE layers times its weight.
+    pub(crate) fn with_routing(mut self, routing: &[(usize, Routing)], weights: &LossWeights) -> Self {
+        let mut add = |weight: f64, term: fn(&Routing) -> Tensor<1>| {
+            let sum = routing.iter().map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
+            let mean = sum / routing.len() as f64;
+            let value = ops::scalar(&mean);
+            if weight != 0.0 {
+                self.total = self.total.clone() + mean * weight;
+            }
+            Some(value)
+        };
+        let balance = add(weights.balance, Routing::balance_loss);
+        let z = add(weights.z, Routing::z_loss);
+        let usage = routing.iter().map(|(layer, routing)| (*layer, routing.usage())).collect();
+        Self { balance, z, usage, ..self }
     }
 }

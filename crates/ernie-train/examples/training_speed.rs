@@ -13,7 +13,10 @@ use std::{
 
 use ernie_checkpoint::Checkpoint;
 use ernie_model::{Ernie, LossWeights, PackedBatch, ops::Precision};
-use ernie_train::optimizer::{self, AdamW, AdamWConfig};
+use ernie_train::{
+    memory,
+    optimizer::{self, AdamW, AdamWConfig},
+};
 
 // As in the binary: which allocator large buffers come from is part of the speed.
 #[global_allocator]
@@ -24,7 +27,7 @@ const LR: f64 = 3e-4;
 const ADAMW: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
 
 const USAGE: &str = "usage: training_speed --model DIR --ids FILE --rows N --length N --warm N --steps N [--threads N] [--clip NORM] \
-                     [--precision f32|int8-mixed]
+                     [--precision f32|int8-mixed] [--recompute yes|no]
 
   --ids FILE      little-endian u32, batch after batch, each of `rows` rows of `length` + 1 tokens
   --warm, --steps steps before the timed ones, and timed steps
@@ -54,11 +57,12 @@ struct Options {
     threads: usize,
     clip: f64,
     precision: Precision,
+    recompute: bool,
 }
 
 impl Options {
     fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self, String> {
-        let (mut model, mut ids, mut clip, mut precision) = (None, None, 0.0, Precision::F32);
+        let (mut model, mut ids, mut clip, mut precision, mut recompute) = (None, None, 0.0, Precision::F32, false);
         let (mut rows, mut length, mut warm, mut steps, mut threads) = (0, 0, 0, 0, 0);
         while let Some(flag) = arguments.next() {
             let value = arguments.next().ok_or_else(|| format!("{flag} has no value\n{USAGE}"))?;
@@ -72,6 +76,13 @@ impl Options {
                 "--steps" => steps = size()?,
                 "--threads" => threads = size()?,
                 "--clip" => clip = value.parse().map_err(|_| format!("--clip: expected a number, got {value}"))?,
+                "--recompute" => {
+                    recompute = match value.as_str() {
+                        "yes" => true,
+                        "no" => false,
+                        _ => return Err(format!("--recompute: expected yes or no, got {value}")),
+                    }
+                }
                 "--precision" => {
                     precision = match value.as_str() {
                         "f32" => Precision::F32,
@@ -85,7 +96,7 @@ impl Options {
         let (Some(model), Some(ids), 1.., 1.., 1..) = (model, ids, rows, length, steps) else {
             return Err(format!("--model, --ids, --rows, --length and --steps are needed\n{USAGE}"));
         };
-        Ok(Self { model, ids, rows, length, warm, steps, threads, clip, precision })
+        Ok(Self { model, ids, rows, length, warm, steps, threads, clip, precision, recompute })
     }
 }
 
@@ -102,8 +113,7 @@ fn run(options: &Options) -> Result<serde_json::Value, String> {
     for _ in 0..options.warm + options.steps {
         let start = Instant::now();
         let batch = batches.next()?;
-        let loss = model.loss(&batch, &LossWeights::default());
-        let gradients = model.backward(loss.total);
+        let (loss, gradients) = model.loss_and_gradients(&batch, &LossWeights::default(), 1.0, options.recompute);
         let scale = if options.clip > 0.0 { optimizer::clip_scale(optimizer::global_norm(&gradients), options.clip) } else { 1.0 };
         model = adamw.update(model, LR, gradients, scale, |_, _| {});
         losses.push(loss.cross_entropy);
@@ -115,7 +125,7 @@ fn run(options: &Options) -> Result<serde_json::Value, String> {
         "losses": losses,
         "seconds": seconds,
         "tokens_per_second": tokens / median(&seconds[options.warm..]),
-        "peak_rss_mib": peak_rss_mib()?,
+        "peak_rss_mib": memory::peak_rss_bytes().ok_or("/proc/self/status has no VmHWM")? as f64 / (1 << 20) as f64,
         "threads": rayon::current_num_threads(),
     }))
 }
@@ -168,11 +178,4 @@ fn median(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
-}
-
-/// The most memory this process has had, from Linux's account of it.
-fn peak_rss_mib() -> Result<f64, String> {
-    let status = std::fs::read_to_string("/proc/self/status").map_err(|error| format!("/proc/self/status: {error}"))?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok());
-    Ok(kib.ok_or("/proc/self/status has no VmHWM")? / 1024.0)
 }

@@ -1,5 +1,6 @@
 //! A real training loop: data, schedules, losses, optimizer, crash-safe checkpoints, telemetry.
 pub mod data;
+pub mod memory;
 pub mod optimizer;
 pub mod recipe;
 pub mod routing;
@@ -9,5 +10,5 @@ pub mod telemetry;
 pub mod tokenizer_training;
 mod trainer;
 
-pub use recipe::Recipe;
+pub use recipe::{Precision, Recipe};
 pub use trainer::{Report, TrainError, TrainOptions, evaluate, export, model_config, train};

@@ -126,6 +126,33 @@ pub struct Run {
     pub log_every: u64,
     /// Worker threads; all cores when absent.
     pub threads: Option<usize>,
+    /// How the large products of training are computed; validation is always in f32.
+    #[serde(default)]
+    pub precision: Precision,
+    /// Keep only each layer's input for the backward pass and compute the rest of the layer again: slower, in far less memory.
+    #[serde(default)]
+    pub recompute: bool,
+}
+
+/// How the large products of training are computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    /// In single precision.
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// Operands rounded to 8 bits with scales per row and block, gradients stochastically; weights and moments stay in single precision.
+    #[serde(rename = "int8-mixed")]
+    Int8Mixed,
+}
+
+impl From<Precision> for ernie_model::ops::Precision {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Int8Mixed => Self::Int8Mixed,
+        }
+    }
 }
 
 fn default_validate_every() -> u64 {

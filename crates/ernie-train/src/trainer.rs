@@ -17,6 +17,7 @@ use crate::{
         self, Corpus, Prepared,
         packing::{Batch, Packer},
     },
+    memory,
     optimizer::{self, AdamW, AdamWConfig},
     recipe::{self, Limits, Recipe},
     routing,
@@ -116,6 +117,8 @@ pub struct Report {
     pub validation: Vec<(String, f64)>,
     /// The model directory: the finished model, or the last checkpoint.
     pub model_dir: PathBuf,
+    /// The most memory that this process has had, in bytes, where the system tells (Linux: VmHWM).
+    pub peak_rss_bytes: Option<u64>,
 }
 
 /// Trains the recipe's model, from its last checkpoint if there is one, to its end or until `options.stop`.
@@ -259,6 +262,7 @@ impl<'a> Trainer<'a> {
             }
         };
         model.reserve_positions(length);
+        model.set_precision(recipe.run.precision.into());
         let telemetry = Telemetry::open(
             &recipe.run.out,
             &TelemetryOptions { title: recipe.run.name.clone(), total_steps, resume_step: position.step, quiet },
@@ -331,7 +335,8 @@ impl<'a> Trainer<'a> {
             StepOutcome { gradients: NamedParameters::new(), cross_entropy: 0.0, extra: Default::default(), usage: Default::default() };
         for batch in batches {
             let share = batch.scored() as f64 / scored;
-            let Losses { total, cross_entropy, mtp, balance, z, usage } = self.model().loss(batch, &weights);
+            let (losses, gradients) = self.model().loss_and_gradients(batch, &weights, share, self.recipe.run.recompute);
+            let Losses { cross_entropy, mtp, balance, z, usage, .. } = losses;
             outcome.cross_entropy += share * cross_entropy as f64;
             for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z)] {
                 if let Some(value) = value {
@@ -342,7 +347,7 @@ impl<'a> Trainer<'a> {
                 let sum = outcome.usage.entry(layer).or_insert_with(|| vec![0; used.len()]);
                 sum.iter_mut().zip(used).for_each(|(sum, used)| *sum += used);
             }
-            optimizer::accumulate(&mut outcome.gradients, self.model().backward(if share == 1.0 { total } else { total * share }));
+            optimizer::accumulate(&mut outcome.gradients, gradients);
         }
         // The busiest expert's load over the mean load, averaged over layers: 1 is even.
         let peak = |used: &Vec<u64>| {
@@ -399,7 +404,7 @@ impl<'a> Trainer<'a> {
 
     fn report(&self, finished: bool, validation: Vec<(String, f64)>, model_dir: PathBuf) -> Report {
         let Position { step, tokens, seconds, .. } = self.position;
-        Report { finished, steps: step, tokens, seconds, validation, model_dir }
+        Report { finished, steps: step, tokens, seconds, validation, model_dir, peak_rss_bytes: memory::peak_rss_bytes() }
     }
 }
 
@@ -443,8 +448,10 @@ fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
     if value.is_finite() { Ok(()) } else { Err(TrainError::NotFinite { step, what, value }) }
 }
 
+/// In f32 whatever the training's precision, so that the figures of runs compare.
 fn validation_losses(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Vec<(String, f64)> {
-    let model = model.without_tape();
+    let mut model = model.without_tape();
+    model.set_precision(recipe::Precision::F32.into());
     let (rows, length) = (recipe.data.batch_size, recipe.data.sequence_length);
     let per_source = recipe.run.validate_tokens as usize / corpus.sources.len();
     let mut losses = Vec::new();
@@ -470,6 +477,12 @@ fn validation_losses(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Vec<(St
 fn recipe_fingerprint(recipe: &Recipe) -> String {
     let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
     let shape = (recipe.data.sequence_length, recipe.data.batch_size, recipe.data.gradient_accumulation);
-    let json = serde_json::to_string(&(decisive, shape)).expect("a recipe is plain data");
-    blake3::hash(json.as_bytes()).to_hex()[..32].to_string()
+    let arithmetic = (recipe.run.precision, recipe.run.recompute);
+    let json = if arithmetic == Default::default() {
+        // As before there was a choice: runs of then go on.
+        serde_json::to_string(&(decisive, shape))
+    } else {
+        serde_json::to_string(&(decisive, shape, arithmetic))
+    };
+    blake3::hash(json.expect("a recipe is plain data").as_bytes()).to_hex()[..32].to_string()
 }

@@ -124,6 +124,17 @@ fn values_that_could_not_train_name_the_key_and_the_fix() {
 }
 
 #[test]
+fn precision_is_one_of_two() {
+    assert_eq!(parse(GOOD).unwrap().run.precision, Precision::F32);
+    let with = |name: &str| parse(&GOOD.replacen("tokens = 100_000", &format!("tokens = 100_000\nprecision = \"{name}\""), 1));
+    for (name, precision) in [("f32", Precision::F32), ("int8-mixed", Precision::Int8Mixed)] {
+        assert_eq!(with(name).unwrap().run.precision, precision);
+    }
+    let message = with("int8_mixed").unwrap_err().to_string();
+    assert!(message.contains("line 6") && message.contains("did you mean `int8-mixed`?"), "{message}");
+}
+
+#[test]
 fn a_batch_must_fit_the_memory() {
     let recipe = parse(GOOD).unwrap();
     let needed = recipe.estimated_memory(PLENTY.parameters);

@@ -3,7 +3,7 @@ use std::{fs, path::Path, sync::atomic::Ordering};
 
 use super::run::{Bench, bits};
 use ernie_checkpoint::{Checkpoint, Tokenizer};
-use ernie_train::{Recipe, TrainError, evaluate, train};
+use ernie_train::{Precision, Recipe, TrainError, evaluate, train};
 
 #[test]
 fn a_run_learns_and_leaves_its_records() {
@@ -83,6 +83,52 @@ fn a_stopped_run_goes_on_to_the_same_bits() {
     assert!(second.finished);
     assert_eq!(bits(&second.model_dir), bits(&whole.model_dir));
     assert_eq!(second.validation, whole.validation);
+}
+
+#[test]
+fn a_run_in_8_bits_learns_as_well_and_goes_on_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let recipe = |out: &str, steps| {
+        let mut recipe = bench.recipe(out, steps);
+        recipe.run.precision = Precision::Int8Mixed;
+        recipe
+    };
+    let exact = train(&bench.recipe("exact", 150), &bench.options()).unwrap();
+    let rounded = train(&recipe("rounded", 150), &bench.options()).unwrap();
+    let (exact, loss) = (exact.validation[0].1, rounded.validation[0].1);
+    assert!((loss - exact).abs() < 0.05 * exact && loss != exact, "{loss} against {exact}");
+    // Validation is in f32: the model's own figure, whatever computed its training.
+    let checkpoint = Checkpoint::open(&rounded.model_dir).unwrap();
+    assert_eq!(evaluate(&bench.recipe("exact", 150), &checkpoint, Some(&bench.root.join("data"))).unwrap(), rounded.validation);
+
+    // As if killed after step 147, whose checkpoint is the newest that is left.
+    let whole = bits(&rounded.model_dir);
+    fs::remove_dir_all(dir.path().join("rounded/checkpoints/step-00000150")).unwrap();
+    fs::remove_dir_all(&rounded.model_dir).unwrap();
+    let resumed = train(&recipe("rounded", 150), &bench.options()).unwrap();
+    assert_eq!(bits(&resumed.model_dir), whole);
+    // Another precision is another run.
+    let error = train(&bench.recipe("rounded", 150), &bench.options()).unwrap_err();
+    assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
+}
+
+#[test]
+fn recomputing_changes_the_last_bits_at_most() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let whole = train(&bench.recipe("whole", 12), &bench.options()).unwrap();
+    let mut recipe = bench.recipe("recomputed", 12);
+    recipe.run.recompute = true;
+    let recomputed = train(&recipe, &bench.options()).unwrap();
+    // To the bit in dense models (the model's own tests); in this one of experts sums have another order.
+    let (loss, expected) = (recomputed.validation[0].1, whole.validation[0].1);
+    assert!((loss - expected).abs() < 1e-3 * expected, "{loss} against {expected}");
+    let error = train(&bench.recipe("recomputed", 12), &bench.options()).unwrap_err();
+    assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
+    if cfg!(target_os = "linux") {
+        assert!(recomputed.peak_rss_bytes.unwrap() > 1 << 20);
+    }
 }
 
 #[test]
