@@ -29,6 +29,13 @@ pub fn training_device() -> burn::prelude::Device {
     burn::prelude::Device::flex().autodiff()
 }
 
+/// The GPU that wgpu takes for the best, with a tape for gradients; the operators run as [`ops::plain`]. Burn looks for the device when
+/// the first tensor is made and panics where there is none.
+#[cfg(feature = "gpu")]
+pub fn gpu_training_device() -> burn::prelude::Device {
+    burn::prelude::Device::wgpu(burn::tensor::DeviceKind::DefaultDevice).autodiff()
+}
+
 /// The CPU, without a tape.
 pub fn inference_device() -> burn::prelude::Device {
     burn::prelude::Device::flex()
