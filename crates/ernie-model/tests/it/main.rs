@@ -1,3 +1,4 @@
 //! The network against its oracles: plain operators, transformers' goldens, documents run alone.
 mod goldens;
 mod ops;
+mod plain;
