@@ -192,6 +192,7 @@ mod tests {
         let measured = [
             ("S", config(256, 6, false), 2048.0, [457.0, 324.0, 418.0, 296.0]),
             ("M", config(512, 8, false), 2048.0, [1230.0, 856.0, 1157.0, 794.0]),
+            ("L", config(512, 8, false), 4096.0, [1696.0, 1014.0, 1618.0, 978.0]),
             ("E", config(512, 8, true), 2048.0, [1841.0, 1463.0, 1801.0, 1434.0]),
         ];
         for (name, config, tokens, peaks) in measured {
