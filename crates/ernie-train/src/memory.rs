@@ -8,8 +8,11 @@ use crate::recipe::{Precision, Recipe};
 
 const F32: f64 = 4.0;
 
-/// Tokens whose logits exist together, at most (`ernie-kernels/src/cross_entropy.rs`), and tokens that other operators take at a time.
+/// Tokens that operators take at a time. Of the head's there are fewer where the vocabulary is large: no more than [`LOGITS`] exist together, but always
+/// those of [`LEAST_CHUNK`] tokens (`ernie-kernels/src/cross_entropy.rs`).
 const CHUNK: f64 = 512.0;
+const LOGITS: f64 = (1 << 24) as f64;
+const LEAST_CHUNK: f64 = 64.0;
 
 /// What an idle process of this program has: code, allocator, thread stacks, tokenizer.
 const BASE: f64 = 25.0 * MIB;
@@ -111,9 +114,14 @@ impl Step<'_> {
     }
 
     /// Logits of a chunk and, as the gradient goes on from them, their packed copy; the weights packed for both directions; the gradient of the states.
+    /// A head with a bias has all logits at once.
     fn head(&self) -> f64 {
         let (v, h) = (self.config.vocab_size as f64, self.config.hidden_size as f64);
-        let logits = CHUNK.min(self.tokens) * v;
+        if self.config.use_bias && self.config.moe.is_some() {
+            // In Burn's operators: logits, their logarithmic softmax, and the gradients of both.
+            return 4.0 * self.tokens * v * F32;
+        }
+        let logits = CHUNK.min((LOGITS / v).max(LEAST_CHUNK)).min(self.tokens) * v;
         let heads = if self.mtp { 2.0 } else { 1.0 };
         logits * (F32 + self.operand()) + 2.0 * v * h * self.operand() + heads * self.tokens * h * F32
     }
