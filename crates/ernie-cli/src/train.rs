@@ -2,8 +2,8 @@
 use anyhow::Context;
 use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions};
 use ernie_train::data::{self, SourceReport};
-use ernie_train::recipe::{Export, ExportDtype, Limits};
-use ernie_train::{Precision, Recipe, Report, TrainOptions, snapshot};
+use ernie_train::recipe::{Export, ExportDtype};
+use ernie_train::{Precision, Recipe, Report, TrainOptions, memory, snapshot};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -82,6 +82,8 @@ struct Plan {
     active_parameters: u64,
     steps: u64,
     tokens: u64,
+    predicted_peak_bytes: u64,
+    memory: memory::Account,
     sources: Vec<SourceReport>,
 }
 
@@ -127,26 +129,36 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
 }
 
 fn dry_run(arguments: &TrainArguments, recipe: &Recipe) -> anyhow::Result<()> {
-    let counts = ernie_train::model_config(recipe)?.parameter_counts();
-    recipe.validate(&Limits::of_this_machine(counts.total))?;
+    let config = ernie_train::model_config(recipe)?;
+    let counts = config.parameter_counts();
+    recipe.validate(&config, memory::available_bytes())?;
     let root = recipe.data_root(arguments.data.as_deref())?;
     let steps = recipe.total_steps();
+    let account = memory::Account::of(recipe, &config);
     let plan = Plan {
         parameters: counts.total,
         active_parameters: counts.active,
         steps,
         tokens: steps * recipe.tokens_per_step(),
+        predicted_peak_bytes: account.total(),
+        memory: account,
         sources: data::describe(recipe, &root)?,
     };
     let text = if arguments.json {
         serde_json::to_string(&plan)? + "\n"
     } else {
         format!(
-            "parameters  {} total, {} active per token\nlength      {steps} steps of {} tokens, {} tokens in all\n\n{}",
+            "parameters  {} total, {} active per token\nlength      {steps} steps of {} tokens, {} tokens in all\n\
+             memory      {} MiB at the peak: {} parameters, {} activations, {} temporaries, {} kept for reuse and base\n\n{}",
             inspect::count(plan.parameters),
             inspect::count(plan.active_parameters),
             recipe.tokens_per_step(),
             inspect::count(plan.tokens),
+            plan.predicted_peak_bytes >> 20,
+            account.parameters >> 20,
+            account.activations >> 20,
+            account.temporaries >> 20,
+            (account.kept + account.base) >> 20,
             data::report_table(&plan.sources)
         )
     };

@@ -2,10 +2,12 @@
 //!
 //! [`Recipe::from_file`] refuses unknown keys (naming the line and the nearest valid key), and [`Recipe::validate`]
 //! refuses values that could not train, each message saying what to change.
+use ernie_checkpoint::Config;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 use crate::data::sources::Format;
+use crate::memory::Account;
 use crate::schedule::{Schedule, ScheduleConfig, ScheduleError};
 
 /// What is wrong with a recipe.
@@ -301,25 +303,6 @@ impl Default for Loss {
     }
 }
 
-/// What the machine and the model allow, for [`Recipe::validate`].
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Parameters of the model.
-    pub parameters: u64,
-    /// Bytes of memory that training may use.
-    pub memory_bytes: u64,
-}
-
-impl Limits {
-    /// The memory this machine has free now (`MemAvailable` of /proc/meminfo), or 8 GiB where that cannot be read.
-    pub fn of_this_machine(parameters: u64) -> Self {
-        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let kib =
-            meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-        Self { parameters, memory_bytes: kib.map_or(8 << 30, |k| k << 10) }
-    }
-}
-
 impl Recipe {
     /// Reads and parses a recipe; see [`Recipe::from_toml`].
     pub fn from_file(path: &Path) -> Result<Self, Error> {
@@ -381,50 +364,38 @@ impl Recipe {
         self.data.cache.clone().unwrap_or_else(|| self.run.out.join("cache"))
     }
 
-    /// Bytes a training step needs, roughly: 16 per parameter (weight, gradient, two moments) and, per token of a
-    /// micro-batch and layer, what the backward pass keeps (attention's and the feed-forward's inputs and outputs).
-    pub fn estimated_memory(&self, parameters: u64) -> u64 {
-        let field = |name: &str| self.model.get(name).and_then(serde_json::Value::as_u64);
-        let hidden = field("hidden_size").unwrap_or(0);
-        let layers = field("num_hidden_layers").unwrap_or(0);
-        let feed_forward = match (field("moe_intermediate_size"), field("moe_k")) {
-            (Some(width), Some(k)) => width.saturating_mul(k.saturating_add(field("moe_num_shared_experts").unwrap_or(0))),
-            _ => field("intermediate_size").unwrap_or(hidden.saturating_mul(4)),
-        };
-        let tokens = (self.data.sequence_length as u64).saturating_mul(self.data.batch_size as u64);
-        let per_token_layer = hidden.saturating_mul(12).saturating_add(feed_forward.saturating_mul(4)).saturating_mul(4);
-        parameters.saturating_mul(16).saturating_add(tokens.saturating_mul(layers).saturating_mul(per_token_layer))
-    }
-
     /// Refuses what could not train, before anything is read or written; the error names the key and the fix.
     /// Missing files and empty sources are refused by [`crate::data::prepare`].
-    pub fn validate(&self, limits: &Limits) -> Result<(), Error> {
+    ///
+    /// `config` is its `[model]`, read; `memory_bytes` is what training may take.
+    pub fn validate(&self, config: &Config, memory_bytes: u64) -> Result<(), Error> {
         self.validate_run()?;
         self.validate_data()?;
         self.validate_optimization()?;
-        let field = |name: &str| self.model.get(name).and_then(serde_json::Value::as_u64);
-        if let Some(vocab) = field("vocab_size")
-            && vocab != self.tokenizer.vocab_size as u64
-        {
+        let vocab = config.vocab_size;
+        if vocab != self.tokenizer.vocab_size {
             let problem = format!("{} pieces, but model.vocab_size is {vocab}", self.tokenizer.vocab_size);
             return Err(invalid("tokenizer.vocab_size", problem, "make the two equal"));
         }
-        if let Some(positions) = field("max_position_embeddings")
-            && self.data.sequence_length as u64 > positions
-        {
+        let positions = config.max_position_embeddings;
+        if self.data.sequence_length > positions {
             let problem = format!("{} is longer than model.max_position_embeddings {positions}", self.data.sequence_length);
             return Err(invalid("data.sequence_length", problem, "shorten the sequence or raise max_position_embeddings"));
         }
-        let needed = self.estimated_memory(limits.parameters);
-        if needed > limits.memory_bytes {
+        let needed = Account::of(self, config).total();
+        if needed > memory_bytes {
             let problem = format!(
                 "{} sequences of {} tokens need about {} MiB and {} MiB are free",
                 self.data.batch_size,
                 self.data.sequence_length,
                 needed >> 20,
-                limits.memory_bytes >> 20
+                memory_bytes >> 20
             );
-            return Err(invalid("data.batch_size", problem, "lower it and raise data.gradient_accumulation by the same factor"));
+            return Err(invalid(
+                "data.batch_size",
+                problem,
+                "lower it and raise data.gradient_accumulation by the same factor, or set run.recompute",
+            ));
         }
         Ok(())
     }

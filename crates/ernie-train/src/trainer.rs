@@ -19,7 +19,7 @@ use crate::{
     },
     memory,
     optimizer::{self, AdamW, AdamWConfig},
-    recipe::{self, Limits, Recipe},
+    recipe::{self, Recipe},
     routing,
     schedule::{Schedule, ScheduleError},
     snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
@@ -212,7 +212,7 @@ struct StepOutcome {
 impl<'a> Trainer<'a> {
     fn open(recipe: &'a Recipe, options: &TrainOptions) -> Result<Self, TrainError> {
         let config = model_config(recipe)?;
-        recipe.validate(&Limits::of_this_machine(config.parameter_counts().total))?;
+        recipe.validate(&config, memory::available_bytes())?;
         let total_steps = recipe.total_steps();
         let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.lr, total_steps)?;
         let root = recipe.data_root(options.data_root.as_deref())?;

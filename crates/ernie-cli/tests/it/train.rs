@@ -101,7 +101,9 @@ fn a_dry_run_reports_and_trains_nothing() {
     assert_eq!(plan["steps"], 6);
     assert_eq!(plan["tokens"], 6 * 2 * 64);
     assert_eq!(plan["sources"][0]["licence"], "CC0-1.0");
+    assert!(plan["predicted_peak_bytes"].as_u64().unwrap() > plan["memory"]["parameters"].as_u64().unwrap());
     let table = train(dir.path(), &["--dry-run"]).ok();
+    assert!(table.contains("MiB at the peak"), "{table}");
     assert!(table.contains("stories") && table.contains("active per token"), "{table}");
     assert!(!dir.path().join("out/checkpoints").exists() && !dir.path().join("export").exists());
 }
@@ -114,6 +116,39 @@ fn a_trial_run_goes_elsewhere_and_exports_nothing() {
     assert!(text.contains("steps     2") && text.contains("perplexity"), "{text}");
     assert!(out.join("model/config.json").exists());
     assert!(!dir.path().join("export").exists() && !dir.path().join("out").exists());
+}
+
+#[test]
+fn the_peak_of_memory_is_the_predicted_one() {
+    let dir = project();
+    let file = dir.path().join("tiny.toml");
+    // Large enough that the process itself does not count: some 200 to 350 MiB.
+    let small = std::fs::read_to_string(&file).unwrap();
+    let dense = small
+        .replace("hidden_size = 32", "hidden_size = 256")
+        .replace("intermediate_size = 48", "intermediate_size = 768")
+        .replace("num_attention_heads = 2", "num_attention_heads = 8")
+        .replace("num_key_value_heads = 1", "num_key_value_heads = 4")
+        .replace("head_dim = 16", "head_dim = 32")
+        .replace("num_hidden_layers = 2", "num_hidden_layers = 5")
+        .replace("sequence_length = 64\nbatch_size = 2", "sequence_length = 128\nbatch_size = 16");
+    let experts =
+        dense.replace("moe_intermediate_size = 16", "moe_intermediate_size = 256").replace("layer_end_index = 1", "layer_end_index = 4");
+    let dense = dense.replace("layer_start_index = 1", "layer_start_index = 0").replace("layer_interval = 1", "layer_interval = 100");
+    for (name, recipe) in [("dense", &dense), ("experts", &experts)] {
+        for (precision, recompute) in [("f32", false), ("int8-mixed", false), ("f32", true)] {
+            std::fs::write(&file, recipe.replace("[run]", &format!("[run]\nrecompute = {recompute}"))).unwrap();
+            let out = dir.path().join(format!("{name}-{precision}-{recompute}"));
+            let flags = ["--steps", "3", "--precision", precision, "--out", out.to_str().unwrap(), "--threads", "2", "--json"];
+            let predicted = train(dir.path(), &[&flags[..], &["--dry-run"]].concat()).json()["predicted_peak_bytes"].as_f64().unwrap();
+            let peak = train(dir.path(), &flags).json()["peak_rss_bytes"].as_f64();
+            let Some(peak) = peak else { return };
+            let (error, mib) = (predicted / peak - 1.0, f64::from(1 << 20));
+            println!("{name} {precision} recompute {recompute}: {:.0} of {:.0} MiB, {:+.1}%", predicted / mib, peak / mib, error * 100.0);
+            assert!(peak > 120.0 * mib, "too small to say anything: {peak}");
+            assert!(error.abs() <= 0.15, "{name}, {precision}, recompute {recompute}: {predicted} predicted, {peak} measured");
+        }
+    }
 }
 
 #[test]

@@ -34,7 +34,21 @@ kind = "cosine"
 warmup_steps = 10
 "#;
 
-const PLENTY: Limits = Limits { parameters: 100_000, memory_bytes: 1 << 32 };
+const PLENTY: u64 = 1 << 32;
+
+/// The `[model]` of a recipe, with what [`GOOD`] leaves out.
+fn config(recipe: &Recipe) -> Config {
+    let mut model = recipe.model.clone();
+    for (key, value) in [("num_attention_heads", 4), ("num_key_value_heads", 2)] {
+        model[key] = value.into();
+    }
+    model["model_type"] = "ernie4_5".into();
+    Config::from_json(&model.to_string(), Path::new("small.toml")).unwrap()
+}
+
+fn validate(recipe: &Recipe, memory_bytes: u64) -> Result<(), Error> {
+    recipe.validate(&config(recipe), memory_bytes)
+}
 
 fn parse(text: &str) -> Result<Recipe, Error> {
     Recipe::from_toml(text, Path::new("small.toml"))
@@ -43,7 +57,7 @@ fn parse(text: &str) -> Result<Recipe, Error> {
 /// What is said about GOOD with `from` replaced by `to`.
 fn complaint(from: &str, to: &str) -> String {
     assert!(GOOD.contains(from), "`{from}` is not in the recipe");
-    match parse(&GOOD.replacen(from, to, 1)).and_then(|recipe| recipe.validate(&PLENTY)) {
+    match parse(&GOOD.replacen(from, to, 1)).and_then(|recipe| validate(&recipe, PLENTY)) {
         Ok(()) => panic!("`{from}` → `{to}` was accepted"),
         Err(error) => error.to_string(),
     }
@@ -52,7 +66,7 @@ fn complaint(from: &str, to: &str) -> String {
 #[test]
 fn a_good_recipe() {
     let recipe = parse(GOOD).unwrap();
-    recipe.validate(&PLENTY).unwrap();
+    validate(&recipe, PLENTY).unwrap();
     assert_eq!(recipe.tokens_per_step(), 1024);
     assert_eq!(recipe.total_steps(), 98);
     assert_eq!(recipe.cache_dir(), Path::new("runs/small/cache"));
@@ -116,10 +130,10 @@ fn values_that_could_not_train_name_the_key_and_the_fix() {
         assert!(message.contains("; "), "no fix in: {message}");
     }
     let large = GOOD.replace("tokens = 100_000", "steps = 50").replace("batch_size = 4", "batch_size = 1000000");
-    let message = parse(&large).unwrap().validate(&PLENTY).unwrap_err().to_string();
+    let message = validate(&parse(&large).unwrap(), PLENTY).unwrap_err().to_string();
     assert!(message.contains("`data.batch_size`: 1000000 sequences") && message.contains("gradient_accumulation"), "{message}");
     let twice = format!("{GOOD}\n[[data.source]]\nname = \"stories\"\nformat = \"text\"\npaths = [\"b\"]\nweight = 1\nlicence = \"x\"\n");
-    let message = parse(&twice).unwrap().validate(&PLENTY).unwrap_err().to_string();
+    let message = validate(&parse(&twice).unwrap(), PLENTY).unwrap_err().to_string();
     assert!(message.contains("data.source[1]") && message.contains("own name"), "{message}");
 }
 
@@ -137,11 +151,11 @@ fn precision_is_one_of_two() {
 #[test]
 fn a_batch_must_fit_the_memory() {
     let recipe = parse(GOOD).unwrap();
-    let needed = recipe.estimated_memory(PLENTY.parameters);
-    recipe.validate(&Limits { memory_bytes: needed, ..PLENTY }).unwrap();
-    let message = recipe.validate(&Limits { memory_bytes: needed - 1, ..PLENTY }).unwrap_err().to_string();
+    let needed = Account::of(&recipe, &config(&recipe)).total();
+    validate(&recipe, needed).unwrap();
+    let message = validate(&recipe, needed - 1).unwrap_err().to_string();
     assert!(message.contains("data.batch_size") && message.contains("gradient_accumulation"), "{message}");
-    assert!(Limits::of_this_machine(1).memory_bytes > 1 << 20);
+    assert!(crate::memory::available_bytes() > 1 << 20);
 }
 
 #[test]
@@ -158,5 +172,5 @@ fn the_data_folder_must_exist() {
 #[test]
 fn the_nano_recipe_is_valid() {
     let recipe = Recipe::from_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano.toml")).unwrap();
-    recipe.validate(&Limits { parameters: 12_000_000, memory_bytes: 8 << 30 }).unwrap();
+    recipe.validate(&crate::model_config(&recipe).unwrap(), 8 << 30).unwrap();
 }
