@@ -90,7 +90,10 @@ fn a_whole_step_equals_the_plain_operators() {
 
         let (fused, plain) = (model.backward(fused), model.backward(plain));
         let trainable = model.parameters().into_iter().filter(|parameter| parameter.trainable).map(|parameter| parameter.name);
-        assert_eq!(fused.keys().cloned().collect::<Vec<_>>(), std::collections::BTreeSet::from_iter(trainable).into_iter().collect::<Vec<_>>());
+        assert_eq!(
+            fused.keys().cloned().collect::<Vec<_>>(),
+            std::collections::BTreeSet::from_iter(trainable).into_iter().collect::<Vec<_>>()
+        );
         for (name, values) in model.named_parameters() {
             let (Some(a), Some(b)) = (fused.get(&name), plain.get(&name)) else { continue };
             assert!(b.iter().any(|g| *g != 0.0), "{name} has no gradient");
