@@ -12,6 +12,9 @@ use crate::{
     text::{Ernie, LossWeights, Losses},
 };
 
+/// A term of the loss that routing decides.
+type Term = fn(&Routing) -> Tensor<1>;
+
 impl Ernie {
     /// The training loss of a batch, and the gradients of `share` times it; `total` is off the tape. With `recompute` only the layers' inputs are
     /// kept from the forward to the backward pass.
@@ -50,7 +53,7 @@ impl Ernie {
             // A number whose gradient with respect to y is dy.
             let mut loss = (y_th * Tensor::from_inner(dx_th)).sum();
             if let Some(routing) = routing {
-                let terms: [(f64, fn(&Routing) -> Tensor<1>); 2] = [(weights.balance, Routing::balance_loss), (weights.z, Routing::z_loss)];
+                let terms: [(f64, Term); 2] = [(weights.balance, Routing::balance_loss), (weights.z, Routing::z_loss)];
                 for (weight, term) in terms.into_iter().filter(|(weight, _)| *weight != 0.0) {
                     loss = loss + scaled(term(&routing) / moe_layers * weight, share);
                 }
