@@ -11,11 +11,15 @@ const F32: f64 = 4.0;
 /// Tokens that operators take at a time. Of the head's there are fewer where the vocabulary is large: no more than [`LOGITS`] exist together, but always
 /// those of [`LEAST_CHUNK`] tokens (`ernie-kernels/src/cross_entropy.rs`).
 const CHUNK: f64 = 512.0;
+const HEAD_CHUNK: f64 = 256.0;
 const LOGITS: f64 = (1 << 24) as f64;
 const LEAST_CHUNK: f64 = 64.0;
 
 /// What an idle process of this program has: code, allocator, thread stacks, tokenizer.
 const BASE: f64 = 25.0 * MIB;
+
+/// What the trainer adds: data, tokenizer, telemetry. Measured on small runs.
+const TRAINER: f64 = 25.0 * MIB;
 
 /// What pools and allocator keep beyond what lives, as shares of the gradients and of the activations: buffers are reused for anything up to an eighth
 /// smaller, freed pages go back late, and the gradient of one layer's input exists beside the buffers of another. Fitted to measured peaks of
@@ -80,7 +84,7 @@ struct Layer {
 }
 
 impl Step<'_> {
-    fn account(&self, writes_checkpoints: bool) -> Account {
+    fn account(&self, in_trainer: bool) -> Account {
         let config = self.config;
         let parameters = config.parameter_counts().total as f64 * F32;
         let layers = (0..config.num_hidden_layers).map(|layer| self.layer(config.is_moe_layer(layer))).collect::<Vec<_>>();
@@ -94,14 +98,17 @@ impl Step<'_> {
         let prediction = if self.mtp { self.layer(false).kept + 6.0 * config.hidden_size as f64 * F32 } else { 0.0 };
         let activations = self.tokens * (per_token + prediction);
         let on_tape = if self.recompute { self.tokens * (most(|layer| layer.kept) + prediction) } else { activations };
+        // The first forward pass of recomputation is off the tape: what it makes does not come back to the pools, but to the allocator.
+        let off_tape = if self.recompute { self.tokens * most(|layer| layer.kept) } else { 0.0 };
         let step = self.head() + self.tokens * most(|layer| layer.backward) + most(|layer| layer.packed);
-        let checkpoint = if writes_checkpoints { parameters } else { 0.0 };
+        // Beside the buffers that a step leaves: a copy of the weights for a checkpoint, or what one layer makes of a batch in validation.
+        let beside = if in_trainer { parameters.max(self.tokens * most(|layer| layer.kept)) } else { 0.0 };
         Account {
             parameters: (4.0 * parameters) as u64,
             activations: activations as u64,
-            temporaries: step.max(checkpoint) as u64,
-            kept: (KEPT_OF_GRADIENTS * parameters + KEPT_OF_ACTIVATIONS * on_tape) as u64,
-            base: BASE as u64,
+            temporaries: (step + beside) as u64,
+            kept: (KEPT_OF_GRADIENTS * parameters + KEPT_OF_ACTIVATIONS * on_tape + off_tape) as u64,
+            base: (BASE + if in_trainer { TRAINER } else { 0.0 }) as u64,
         }
     }
 
@@ -121,7 +128,7 @@ impl Step<'_> {
             // In Burn's operators: logits, their logarithmic softmax, and the gradients of both.
             return 4.0 * self.tokens * v * F32;
         }
-        let logits = CHUNK.min((LOGITS / v).max(LEAST_CHUNK)).min(self.tokens) * v;
+        let logits = HEAD_CHUNK.min((LOGITS / v).max(LEAST_CHUNK)).min(self.tokens) * v;
         let heads = if self.mtp { 2.0 } else { 1.0 };
         logits * (F32 + self.operand()) + 2.0 * v * h * self.operand() + heads * self.tokens * h * F32
     }
@@ -148,7 +155,8 @@ impl Step<'_> {
             }
             _ => {
                 let i = config.intermediate_size as f64;
-                (2.0 * i, 2.0 * i, i)
+                // The gradient of gate and up takes their place.
+                (2.0 * i, 0.0, i)
             }
         };
         // Gate's and up's weights, and a chunk of the gradient of gate and up, each packed for the two products they are in.
@@ -198,11 +206,12 @@ mod tests {
     #[test]
     fn accounts_are_within_15_percent_of_measured_peaks() {
         let measured = [
-            ("S", config(256, 6, false), 2048.0, [457.0, 324.0, 418.0, 296.0]),
-            ("M", config(512, 8, false), 2048.0, [1230.0, 856.0, 1157.0, 794.0]),
-            ("L", config(512, 8, false), 4096.0, [1696.0, 1014.0, 1618.0, 978.0]),
-            ("E", config(512, 8, true), 2048.0, [1841.0, 1463.0, 1801.0, 1434.0]),
+            ("S", config(256, 6, false), 2048.0, [413.0, 288.0, 399.0, 277.0]),
+            ("M", config(512, 8, false), 2048.0, [1152.0, 820.0, 1110.0, 778.0]),
+            ("L", config(512, 8, false), 4096.0, [1604.0, 957.0, 1568.0, 910.0]),
+            ("E", config(512, 8, true), 2048.0, [1703.0, 1516.0, 1636.0, 1442.0]),
         ];
+        let mut worst = 0.0f64;
         for (name, config, tokens, peaks) in measured {
             let ways = [Precision::F32, Precision::Int8Mixed].into_iter().flat_map(|precision| [(precision, false), (precision, true)]);
             for ((precision, recompute), peak) in ways.zip(peaks) {
@@ -212,8 +221,9 @@ mod tests {
                     "{name} {precision:?} recompute {recompute}: {predicted:.0} of {peak} MiB, {:+.1}%",
                     (predicted / peak - 1.0) * 100.0
                 );
-                assert!((predicted / peak - 1.0).abs() < 0.15, "{name}: {account:?}");
+                worst = worst.max((predicted / peak - 1.0).abs());
             }
         }
+        assert!(worst < 0.15, "an account is off by {worst}");
     }
 }
