@@ -1,7 +1,7 @@
 //! The memory of a training run: what it will take, term by term, and what it has had.
 //!
 //! The account follows the operators of `ernie-model/src/ops/tape.rs`: what each of them keeps for its backward pass, times tokens and layers. Whoever
-//! changes what they keep changes [`Layer`] with it; `tests/it/memory.rs` measures a run against its account.
+//! changes what they keep changes `Layer` with it; `ernie-cli/tests/it/train.rs` measures runs against their accounts.
 use ernie_checkpoint::Config;
 
 use crate::recipe::{Precision, Recipe};
