@@ -1,6 +1,6 @@
-//! Matrix products, row-major, in three layouts; and products whose operands are prepared once and used several times, in either precision.
+//! Matrix products whose operands are prepared once and used several times, in either precision.
 
-use crate::arch::gemm::{Threads, Update, product, product_packed};
+use crate::arch::gemm::{Threads, Update, product_packed};
 use crate::arch::gemm_i8::{Left8, Right8, product_packed8};
 use crate::arch::matrix::{Mat, MatMut};
 use crate::arch::pack::Packed;
@@ -56,29 +56,10 @@ impl Right {
 /// c = a·b or c += a·b. Operands of 8 bits must have been stacked from parts of the same lengths.
 pub fn multiply(c: MatMut<'_>, a: &Left, b: &Right, update: Update, threads: Threads) {
     match (a, b) {
-        (Left::F32(a), Right::F32(b)) => product_packed(c, a, b, 1.0, update, threads),
+        (Left::F32(a), Right::F32(b)) => product_packed(c, a, b, update, threads),
         (Left::Int8(a), Right::Int8(b)) => product_packed8(c, a, b, update, threads),
         _ => panic!("operands of one product in different precisions"),
     }
-}
-
-fn update(accumulate: bool) -> Update {
-    if accumulate { Update::Add } else { Update::Set }
-}
-
-/// `c[m,n]` = `a[m,k]` · `b[n,k]ᵀ`, added to c if `accumulate`.
-pub fn matmul_nt(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
-    product(MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, n, k).t(), 1.0, update(accumulate), Threads::All);
-}
-
-/// `c[m,n]` = `a[m,k]` · `b[k,n]`, added to c if `accumulate`.
-pub fn matmul_nn(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
-    product(MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, k, n), 1.0, update(accumulate), Threads::All);
-}
-
-/// `c[m,n]` = `a[k,m]ᵀ` · `b[k,n]`, added to c if `accumulate`.
-pub fn matmul_tn(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, accumulate: bool) {
-    product(MatMut::new(c, m, n), Mat::new(a, k, m).t(), Mat::new(b, k, n), 1.0, update(accumulate), Threads::All);
 }
 
 /// The same products by three plain loops.
@@ -100,25 +81,31 @@ mod tests {
     use super::*;
     use crate::testing::{Random, assert_close};
 
+    fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, update: Update) {
+        let (left, right) =
+            (Left::new(&[a], Precision::F32, Rounding::Nearest, Threads::All), Right::new(&[b.t()], Precision::F32, Threads::All));
+        multiply(MatMut::new(c, a.rows(), b.cols()), &left, &right, update, Threads::All);
+    }
+
     #[test]
     fn each_layout_equals_the_plain_loops() {
         let mut random = Random::new(1);
         for (m, n, k) in [(1, 1, 1), (1, 7, 3), (3, 1, 5), (5, 9, 2), (17, 33, 19), (130, 70, 65), (64, 300, 257), (4, 6, 0)] {
             let (a, b) = (random.vec(m * k, 1.0), random.vec(n * k, 1.0));
             let start = random.vec(m * n, 1.0);
-            for accumulate in [false, true] {
-                let add = |product: Vec<f32>| -> Vec<f32> {
-                    product.iter().zip(&start).map(|(p, s)| if accumulate { p + s } else { *p }).collect()
+            for update in [Update::Set, Update::Add] {
+                let check = |name: &str, left: Mat<'_>, right: Mat<'_>, expected: Vec<f32>| {
+                    let mut c = start.clone();
+                    product(&mut c, left, right, update);
+                    let expected: Vec<f32> =
+                        expected.iter().zip(&start).map(|(p, s)| if update == Update::Add { p + s } else { *p }).collect();
+                    assert_close(name, &c, &expected, 1e-5);
                 };
-                let mut c = start.clone();
-                matmul_nt(&mut c, &a, &b, m, n, k, accumulate);
-                assert_close("nt", &c, &add(scalar::matmul(|i, l| a[i * k + l], |l, j| b[j * k + l], m, n, k)), 1e-5);
-                let mut c = start.clone();
-                matmul_nn(&mut c, &a, &b, m, n, k, accumulate);
-                assert_close("nn", &c, &add(scalar::matmul(|i, l| a[i * k + l], |l, j| b[l * n + j], m, n, k)), 1e-5);
-                let mut c = start.clone();
-                matmul_tn(&mut c, &a, &b, m, n, k, accumulate);
-                assert_close("tn", &c, &add(scalar::matmul(|i, l| a[l * m + i], |l, j| b[l * n + j], m, n, k)), 1e-5);
+                let (rows_a, columns_a) = (Mat::new(&a, m, k), Mat::new(&a, k, m).t());
+                let (rows_b, columns_b) = (Mat::new(&b, k, n), Mat::new(&b, n, k).t());
+                check("nt", rows_a, columns_b, scalar::matmul(|i, l| a[i * k + l], |l, j| b[j * k + l], m, n, k));
+                check("nn", rows_a, rows_b, scalar::matmul(|i, l| a[i * k + l], |l, j| b[l * n + j], m, n, k));
+                check("tn", columns_a, rows_b, scalar::matmul(|i, l| a[l * m + i], |l, j| b[l * n + j], m, n, k));
             }
         }
     }
@@ -131,7 +118,7 @@ mod tests {
         let on = |threads: usize| {
             let mut c = vec![0.0; m * n];
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-            pool.install(|| matmul_nt(&mut c, &a, &b, m, n, k, false));
+            pool.install(|| product(&mut c, Mat::new(&a, m, k), Mat::new(&b, n, k).t(), Update::Set));
             c
         };
         assert_eq!(on(1), on(3));

@@ -3,7 +3,7 @@
 //! A parameter's *internal* name is its path of fields (`model.layers.1.mlp.experts.gate_proj`), with the experts of a layer stacked in one
 //! tensor. Its *checkpoint* names are those of the released models (`model.layers.1.mlp.experts.0.gate_proj.weight`, …).
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashSet, btree_map::Entry},
     path::PathBuf,
 };
 
@@ -14,6 +14,7 @@ use burn::{
     tensor::TensorData,
 };
 use ernie_checkpoint::{Checkpoint, Config};
+use ernie_kernels::scratch;
 
 /// What is known of a parameter beside its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,6 +151,21 @@ impl Ernie {
     }
 }
 
+/// `into += gradients`, parameter by parameter; parameters that only `gradients` has are moved in.
+pub fn accumulate(into: &mut NamedParameters, gradients: NamedParameters) {
+    for (name, gradient) in gradients {
+        match into.entry(name) {
+            Entry::Vacant(entry) => {
+                entry.insert(gradient);
+            }
+            Entry::Occupied(mut entry) => {
+                entry.get_mut().iter_mut().zip(&gradient).for_each(|(sum, g)| *sum += g);
+                scratch::recycle(gradient);
+            }
+        }
+    }
+}
+
 /// Cuts a parameter's values into the tensors of a checkpoint.
 pub fn split(parameter: &Parameter, values: Vec<f32>) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let mut tensors = parameter.checkpoint_tensors();
@@ -252,5 +268,19 @@ impl ModuleVisitor for GradientVisitor {
             let values = gradient.into_data().try_into_vec::<f32>().expect("gradients are f32");
             self.gradients.insert(self.path.parameter(param).name, values);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accumulation_adds_and_adopts() {
+        let gradients =
+            |values: &[(&str, &[f32])]| -> NamedParameters { values.iter().map(|(name, g)| (name.to_string(), g.to_vec())).collect() };
+        let mut sum = gradients(&[("a", &[1.0, 2.0])]);
+        accumulate(&mut sum, gradients(&[("a", &[0.5, 0.5]), ("b", &[7.0])]));
+        assert_eq!(sum, gradients(&[("a", &[1.5, 2.5]), ("b", &[7.0])]));
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     batch::PackedBatch,
     moe::Routing,
     ops,
-    parameters::NamedParameters,
+    parameters::{NamedParameters, accumulate},
     text::{Ernie, LossWeights, Losses},
 };
 
@@ -61,7 +61,8 @@ impl Ernie {
             dx_th = self.backward_to(x_th, loss, &mut gradients);
         }
         let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
-        add(&mut gradients, self.backward((embedding_th * Tensor::from_inner(dx_th)).sum()));
+        // A weight may be met more than once: the embedding here, by the head where they are tied, and by multi-token prediction.
+        accumulate(&mut gradients, self.backward((embedding_th * Tensor::from_inner(dx_th)).sum()));
         (losses, gradients)
     }
 
@@ -69,7 +70,7 @@ impl Ernie {
     fn backward_to(&self, x_th: Tensor<2>, loss: Tensor<1>, gradients: &mut NamedParameters) -> Tensor<2> {
         let mut tape = loss.backward();
         let dx_th = x_th.grad_remove(&mut tape).expect("the loss is made from x");
-        add(gradients, self.collect_gradients(tape));
+        accumulate(gradients, self.collect_gradients(tape));
         dx_th
     }
 }
@@ -89,16 +90,4 @@ fn leaf(x_th: Tensor<2>) -> Tensor<2> {
 
 fn scaled(loss: Tensor<1>, share: f64) -> Tensor<1> {
     if share == 1.0 { loss } else { loss * share }
-}
-
-/// A weight may be met more than once: the embedding by the lookup, by the head where they are tied, and by multi-token prediction.
-fn add(gradients: &mut NamedParameters, more: NamedParameters) {
-    for (name, more) in more {
-        match gradients.get_mut(&name) {
-            Some(gradient) => gradient.iter_mut().zip(more).for_each(|(sum, more)| *sum += more),
-            None => {
-                gradients.insert(name, more);
-            }
-        }
-    }
 }

@@ -37,8 +37,8 @@ pub struct Account {
     pub parameters: u64,
     /// What the forward pass keeps for the backward pass.
     pub activations: u64,
-    /// The head's logits and packed operands, and the temporaries of one layer's backward pass; or the copy of the weights that a checkpoint is written
-    /// from, where that is more.
+    /// The head's logits and packed operands, and the temporaries of one layer's backward pass; and beside them the copy of the weights that a
+    /// checkpoint is written from, or a layer's values in validation, whichever is more.
     pub temporaries: u64,
     /// Kept by pools and allocator.
     pub kept: u64,

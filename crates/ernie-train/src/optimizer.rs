@@ -85,21 +85,6 @@ pub fn decays(parameter: &Parameter) -> bool {
     parameter.shape.len() >= 2
 }
 
-/// `a += b`, parameter by parameter; parameters that only `b` has are moved in.
-pub fn accumulate(into: &mut NamedParameters, gradients: NamedParameters) {
-    for (name, gradient) in gradients {
-        match into.entry(name) {
-            std::collections::btree_map::Entry::Vacant(entry) => {
-                entry.insert(gradient);
-            }
-            std::collections::btree_map::Entry::Occupied(mut entry) => {
-                entry.get_mut().iter_mut().zip(&gradient).for_each(|(sum, g)| *sum += g);
-                scratch::recycle(gradient);
-            }
-        }
-    }
-}
-
 /// √Σ g² over all gradients.
 pub fn global_norm(gradients: &NamedParameters) -> f64 {
     gradients.values().map(|gradient| adamw::sum_of_squares(gradient)).sum::<f64>().sqrt()
@@ -125,12 +110,5 @@ mod tests {
         assert_eq!(global_norm(&g), 5.0);
         assert_eq!([clip_scale(5.0, 10.0), clip_scale(5.0, 0.0), clip_scale(5.0, 5.0)], [1.0; 3]);
         assert!((clip_scale(5.0, 1.0) - 0.2).abs() < 1e-6);
-    }
-
-    #[test]
-    fn accumulation_adds_and_adopts() {
-        let mut sum = gradients(&[("a", &[1.0, 2.0])]);
-        accumulate(&mut sum, gradients(&[("a", &[0.5, 0.5]), ("b", &[7.0])]));
-        assert_eq!(sum, gradients(&[("a", &[1.5, 2.5]), ("b", &[7.0])]));
     }
 }

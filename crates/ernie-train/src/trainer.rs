@@ -26,7 +26,10 @@ use crate::{
     telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
 };
 use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions};
-use ernie_model::{Ernie, LoadError, LossWeights, Losses, NamedParameters, PackedBatch, parameters::Parameter};
+use ernie_model::{
+    Ernie, LoadError, LossWeights, Losses, NamedParameters, PackedBatch,
+    parameters::{self, Parameter},
+};
 
 /// A run could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -347,7 +350,7 @@ impl<'a> Trainer<'a> {
                 let sum = outcome.usage.entry(layer).or_insert_with(|| vec![0; used.len()]);
                 sum.iter_mut().zip(used).for_each(|(sum, used)| *sum += used);
             }
-            optimizer::accumulate(&mut outcome.gradients, gradients);
+            parameters::accumulate(&mut outcome.gradients, gradients);
         }
         // The busiest expert's load over the mean load, averaged over layers: 1 is even.
         let peak = |used: &Vec<u64>| {

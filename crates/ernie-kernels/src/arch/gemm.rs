@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::matrix::{Mat, MatMut};
+use super::matrix::MatMut;
 use super::pack::Packed;
 use super::tile::{COLS, ROWS, tile};
 
@@ -20,49 +20,44 @@ const TASK_COLS: usize = 16 * COLS;
 pub enum Threads {
     /// The calling thread alone (inside a parallel loop).
     One,
-    /// The Rayon pool, where the product is large enough to gain.
+    /// The Rayon pool.
     All,
 }
 
-impl Threads {
-    /// `One` where a product of so many multiplications is not worth waking another thread.
-    fn for_work(self, multiplications: usize) -> Self {
-        if multiplications < 1 << 16 { Threads::One } else { self }
-    }
-}
-
-/// c = scale · a·b, or c += scale · a·b.
-pub fn product(c: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, update: Update, threads: Threads) {
-    let (m, n, _) = c.layout();
-    let k = a.cols();
-    assert!(a.rows() == m && b.rows() == k && b.cols() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.rows(), b.cols());
-    let threads = threads.for_work(m * n * k);
-    if m > 0 && n > 0 {
-        product_packed(c, &Packed::new(a, threads), &Packed::new(b.t(), threads), scale, update, threads);
-    }
-}
-
-/// [`product`] of operands that are packed already: a `[m, k]`, and b transposed, `[n, k]`.
-pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, scale: f32, update: Update, threads: Threads) {
+/// c = a·b, or c += a·b, of packed operands: a `[m, k]`, and b transposed, `[n, k]`.
+pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, update: Update, threads: Threads) {
     let (m, n, _) = c.layout();
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
+    for_each_tile(c, k.div_ceil(DEPTH), update, threads, |c, row, col, part, update| {
+        let from = part * DEPTH;
+        tile::<ROWS, 1, ROWS>(c, a.panel(row, from), b.panel(col, from), DEPTH.min(k - from), update);
+    });
+}
+
+/// Calls `compute` with each tile of c, the panels of a and b it is the product of, each of the parts that k is cut into, and whether that part is added:
+/// for a tile the parts come in order. Without parts c is a sum of nothing.
+pub(super) fn for_each_tile(
+    c: MatMut<'_>,
+    parts: usize,
+    update: Update,
+    threads: Threads,
+    compute: impl Fn(&mut MatMut<'_>, usize, usize, usize, Update) + Sync,
+) {
+    let (m, n, _) = c.layout();
     let (task_rows, task_cols) = task_shape(m, n);
     let tasks = c.cut(task_rows, task_cols);
     let run = |(row, col, mut c): (usize, usize, MatMut<'_>)| {
         let (rows, cols, _) = c.layout();
-        if k == 0 && update == Update::Set {
+        if parts == 0 && update == Update::Set {
             c.fill(0.0);
         }
-        for from in (0..k).step_by(DEPTH) {
-            let depth = DEPTH.min(k - from);
-            let update = if from == 0 { update } else { Update::Add };
+        for part in 0..parts {
+            let update = if part == 0 { update } else { Update::Add };
             for j in (0..cols).step_by(COLS) {
-                let b = b.panel((col + j) / COLS, from);
                 for i in (0..rows).step_by(ROWS) {
-                    let a = a.panel((row + i) / ROWS, from);
                     let mut c = c.block(i..(i + ROWS).min(rows), j..(j + COLS).min(cols));
-                    tile::<ROWS, 1, ROWS>(&mut c, a, b, depth, scale, update);
+                    compute(&mut c, (row + i) / ROWS, (col + j) / COLS, part, update);
                 }
             }
         }
@@ -74,7 +69,7 @@ pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, scale: 
 }
 
 /// Rows and columns of a task: large, but with some tasks for each thread of a small machine.
-pub(super) fn task_shape(m: usize, n: usize) -> (usize, usize) {
+fn task_shape(m: usize, n: usize) -> (usize, usize) {
     let (mut rows, mut cols) = (TASK_ROWS, TASK_COLS);
     while rows > 4 * ROWS && m.div_ceil(rows) * n.div_ceil(cols) < 12 {
         rows /= 2;

@@ -1,9 +1,7 @@
 //! Products whose operands are quantised to 8 bits in blocks along k and whose result is of single precision: about four times as fast as those of
 //! single precision, where the processor has an instruction for it. Scales per block as in Jetfire (arXiv 2403.12422).
 
-use rayon::prelude::*;
-
-use super::gemm::{Threads, Update, task_shape};
+use super::gemm::{Threads, Update, for_each_tile};
 use super::matrix::MatMut;
 use super::quantised::Packed8;
 use super::tile::{COLS, ROWS};
@@ -20,28 +18,9 @@ pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, thr
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
     assert!(a.starts() == b.starts(), "operands of an 8-bit product stacked from unlike parts");
-    let (task_rows, task_cols) = task_shape(m, n);
-    let tasks = c.cut(task_rows, task_cols);
-    let run = |(row, col, mut c): (usize, usize, MatMut<'_>)| {
-        let (rows, cols, _) = c.layout();
-        if k == 0 && update == Update::Set {
-            c.fill(0.0);
-        }
-        for block in 0..a.starts().len() - 1 {
-            let update = if block == 0 { update } else { Update::Add };
-            for j in (0..cols).step_by(COLS) {
-                let b = b.panel((col + j) / COLS, block);
-                for i in (0..rows).step_by(ROWS) {
-                    let a = a.panel((row + i) / ROWS, block);
-                    tile(&mut c.block(i..(i + ROWS).min(rows), j..(j + COLS).min(cols)), a, b, update);
-                }
-            }
-        }
-    };
-    match threads {
-        Threads::One => tasks.into_iter().for_each(run),
-        Threads::All => tasks.into_par_iter().for_each(run),
-    }
+    for_each_tile(c, a.starts().len() - 1, update, threads, |c, row, col, block, update| {
+        tile(c, a.panel(row, block), b.panel(col, block), update);
+    });
 }
 
 #[cfg(test)]

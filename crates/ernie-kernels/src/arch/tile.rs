@@ -23,37 +23,23 @@ pub enum Update {
     Add,
 }
 
-/// c = scale · a·b, or c += scale · a·b, for one tile: c has at most `M` rows and [`COLS`] columns.
+/// c = a·b, or c += a·b, for one tile: c has at most `M` rows and [`COLS`] columns.
 ///
 /// Element (i, l) of a is `a[i * RS + l * CS]` for all i < `M`; element (l, j) of b is `b[l * COLS + j]` for all j < [`COLS`].
-pub fn tile<const M: usize, const RS: usize, const CS: usize>(
-    c: &mut MatMut<'_>,
-    a: &[f32],
-    b: &[f32],
-    k: usize,
-    scale: f32,
-    update: Update,
-) {
+pub fn tile<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
     let (rows, cols, _) = c.layout();
     assert!(rows <= M && cols <= COLS && b.len() >= k * COLS && (k == 0 || a.len() > (M - 1) * RS + (k - 1) * CS));
     match isa() {
         // SAFETY: `isa` has found AVX-512; the assertion above keeps every load of a and b inside, and c is a view of its own elements.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::<M, RS, CS>(c, a, b, k, scale, update) },
-        _ => narrow::<M, RS, CS>(c, a, b, k, scale, update),
+        Isa::Avx512 => unsafe { avx512::<M, RS, CS>(c, a, b, k, update) },
+        _ => narrow::<M, RS, CS>(c, a, b, k, update),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(
-    c: &mut MatMut<'_>,
-    a: &[f32],
-    b: &[f32],
-    k: usize,
-    scale: f32,
-    update: Update,
-) {
+unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
     use std::arch::x86_64::*;
     let (rows, cols, stride) = c.layout();
     let c = c.as_mut_ptr();
@@ -76,7 +62,6 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(
             pa = pa.wrapping_add(CS);
         }
     }
-    let scale = _mm512_set1_ps(scale);
     let masks = [mask16(cols), mask16(cols.saturating_sub(16))];
     // Every index of `sums` must be a constant of the unrolled loop, or the registers would go through memory.
     for i in 0..M {
@@ -88,8 +73,8 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(
             unsafe {
                 let place = c.add(i * stride).wrapping_add(16 * half);
                 let sum = match update {
-                    Update::Set => _mm512_mul_ps(sums[i][half], scale),
-                    Update::Add => _mm512_fmadd_ps(sums[i][half], scale, _mm512_maskz_loadu_ps(masks[half], place)),
+                    Update::Set => sums[i][half],
+                    Update::Add => _mm512_add_ps(sums[i][half], _mm512_maskz_loadu_ps(masks[half], place)),
                 };
                 _mm512_mask_storeu_ps(place, masks[half], sum);
             }
@@ -103,14 +88,7 @@ pub(super) fn mask16(n: usize) -> u16 {
 }
 
 /// The tile by parts of 4 x 16 (eight registers of AVX2, sixteen of NEON).
-fn narrow<const M: usize, const RS: usize, const CS: usize>(
-    c: &mut MatMut<'_>,
-    a: &[f32],
-    b: &[f32],
-    k: usize,
-    scale: f32,
-    update: Update,
-) {
+fn narrow<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
     let (rows, cols, _) = c.layout();
     for row in (0..rows).step_by(4) {
         for col in (0..cols).step_by(16) {
@@ -121,8 +99,8 @@ fn narrow<const M: usize, const RS: usize, const CS: usize>(
                 let width = (cols - col).min(16);
                 for (c, sum) in c.row_mut(row + i)[col..][..width].iter_mut().zip(sums) {
                     *c = match update {
-                        Update::Set => sum * scale,
-                        Update::Add => *c + sum * scale,
+                        Update::Set => *sum,
+                        Update::Add => *c + sum,
                     };
                 }
             }

@@ -252,14 +252,14 @@ fn right_operand(x: Mat<'_>) -> Scratch {
 fn products(c: &mut [f32], a: &Packed<ROWS>, block: Range<usize>, b: &[f32]) {
     for (tile_of_c, c) in c.chunks_exact_mut(ROWS * QUERIES).enumerate().take(block.len().div_ceil(ROWS)) {
         let a = a.panel(block.start / ROWS + tile_of_c, 0);
-        tile::<ROWS, 1, ROWS>(&mut MatMut::new(c, ROWS, QUERIES), a, b, b.len() / QUERIES, 1.0, Update::Set);
+        tile::<ROWS, 1, ROWS>(&mut MatMut::new(c, ROWS, QUERIES), a, b, b.len() / QUERIES, Update::Set);
     }
 }
 
 /// `c[d, 32]` = or += `a[d, ·]`, its columns from `from` on, · `b[n, 32]`.
 fn by_element_product(c: &mut [f32], a: &Packed<ELEMENTS>, from: usize, b: &[f32], n: usize, update: Update) {
     for (panel, c) in c.chunks_exact_mut(ELEMENTS * QUERIES).enumerate() {
-        tile::<ELEMENTS, 1, ELEMENTS>(&mut MatMut::new(c, ELEMENTS, QUERIES), a.panel(panel, from), b, n, 1.0, update);
+        tile::<ELEMENTS, 1, ELEMENTS>(&mut MatMut::new(c, ELEMENTS, QUERIES), a.panel(panel, from), b, n, update);
     }
 }
 
@@ -270,7 +270,7 @@ fn add_by_key(sums: &mut [f32], width: usize, first: usize, x: &[f32], y: &[f32]
     for (panel, y) in y.chunks_exact(QUERIES * COLS).enumerate() {
         for (row, x) in (0..n).step_by(ROWS).zip(x.chunks_exact(ROWS * QUERIES)) {
             let mut c = sums.block(row..row + ROWS, panel * COLS..(panel + 1) * COLS);
-            tile::<ROWS, QUERIES, 1>(&mut c, x, y, QUERIES, 1.0, Update::Add);
+            tile::<ROWS, QUERIES, 1>(&mut c, x, y, QUERIES, Update::Add);
         }
     }
 }

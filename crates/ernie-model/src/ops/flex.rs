@@ -84,9 +84,6 @@ impl Fused for Flex {
     fn fused_rms_norm(x: X, w: X, eps: f64) -> X {
         <Self as FusedKernels>::rms_norm_kernel(&x, &w, eps)
     }
-    fn fused_swiglu(gate: X, up: X) -> X {
-        <Self as FusedKernels>::swiglu_kernel(&gate, &up)
-    }
     fn fused_norm_linear2(x: X, norm: X, first: X, second: X, eps: f64, precision: Precision) -> X {
         <Self as FusedKernels>::norm_linear_kernel(&[x, norm, first, second], eps, precision)
     }
@@ -142,18 +139,6 @@ impl FusedKernels for Flex {
         let dx = filled(&x, |dx| kernels::rms_norm::backward(dx, &mut dw, slice(&x), slice(&w), slice(&dy), eps as f32));
         [x, dy].into_iter().for_each(recycle);
         [dx, tensor(dw, shape(&w))]
-    }
-
-    fn swiglu_kernel(gate: &X, up: &X) -> X {
-        let (gate, up) = (ordered(gate), ordered(up));
-        filled(&gate, |y| kernels::swiglu::forward(y, slice(&gate), slice(&up)))
-    }
-
-    fn swiglu_gradient(gate: X, up: X, dy: X) -> [X; 2] {
-        let (gate, up, dy) = (ordered(&gate), ordered(&up), ordered(&dy));
-        let mut dup = buffer(len(&up));
-        let dgate = filled(&gate, |dgate| kernels::swiglu::backward(dgate, &mut dup, slice(&gate), slice(&up), slice(&dy)));
-        [dgate, tensor(dup, shape(&up))]
     }
 
     fn norm_linear_kernel<const N: usize>(inputs: &[X; N], eps: f64, precision: Precision) -> X {

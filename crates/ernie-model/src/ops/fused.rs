@@ -9,7 +9,6 @@ use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
 pub(super) trait Fused: Backend {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
-    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_norm_linear2(
         x: FloatTensor<Self>,
         norm: FloatTensor<Self>,
@@ -61,8 +60,6 @@ pub(super) trait FusedKernels: Backend {
     fn linear_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
     fn rms_norm_kernel(x: &FloatTensor<Self>, w: &FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
     fn rms_norm_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
-    fn swiglu_kernel(gate: &FloatTensor<Self>, up: &FloatTensor<Self>) -> FloatTensor<Self>;
-    fn swiglu_gradient(gate: FloatTensor<Self>, up: FloatTensor<Self>, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
     /// Inputs x, norm, then the layers' weights.
     fn norm_linear_kernel<const N: usize>(inputs: &[FloatTensor<Self>; N], eps: f64, precision: Precision) -> FloatTensor<Self>;
     fn norm_linear_gradient<const N: usize>(

@@ -66,14 +66,6 @@ pub fn rms_norm(x_th: Tensor<2>, w_h: Tensor<1>, eps: f64) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::fused_rms_norm(x_th.into_dispatch(), w_h.into_dispatch(), eps))
 }
 
-/// `silu(gate) ⊙ up`.
-pub fn swiglu(gate_ti: Tensor<2>, up_ti: Tensor<2>) -> Tensor<2> {
-    if !runs_kernels(&gate_ti.device()) {
-        return plain::swiglu(gate_ti, up_ti);
-    }
-    Tensor::from_dispatch(Dispatch::fused_swiglu(gate_ti.into_dispatch(), up_ti.into_dispatch()))
-}
-
 /// `rms_norm(x)·[w₁; w₂; …]ᵀ` for two or three layers side by side: `[t, Σo]`.
 pub fn norm_linear<const N: usize>(
     x_th: Tensor<2>,

@@ -43,7 +43,6 @@ type Pair<B> = [FloatTensor<B>; 2];
 
 backward!(Linear, 2, Pair<B>, |[x, w], dy| B::linear_gradient(x, w, dy));
 backward!(RmsNorm, 2, (Pair<B>, f64), |([x, w], eps), dy| B::rms_norm_gradient(x, w, eps, dy));
-backward!(Swiglu, 2, Pair<B>, |[gate, up], dy| B::swiglu_gradient(gate, up, dy));
 backward!(NormLinear2, 4, ([FloatTensor<B>; 4], f64, Precision), |(inputs, eps, precision), dy| {
     B::norm_linear_gradient(inputs, eps, precision, dy)
 });
@@ -91,12 +90,6 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         let ((x, x_node), (w, w_node)) = (x.into_parts(), w.into_parts());
         let y = B::rms_norm_kernel(&x, &w, eps);
         record::<B, C, _, 2>(RmsNorm, [x_node, w_node], y, || ([x, w], eps))
-    }
-
-    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let ((gate, gate_node), (up, up_node)) = (gate.into_parts(), up.into_parts());
-        let y = B::swiglu_kernel(&gate, &up);
-        record::<B, C, _, 2>(Swiglu, [gate_node, up_node], y, || [gate, up])
     }
 
     fn fused_norm_linear2(
