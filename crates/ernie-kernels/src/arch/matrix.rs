@@ -105,6 +105,11 @@ impl<'a> MatMut<'a> {
         self.rows
     }
 
+    /// The number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// Cuts the matrix into tiles: its rows at `row_bounds` (ascending, from 0 to the number of rows) and its columns every `width`, which
     /// divides their number. Tiles come row block by row block, and from left to right inside one.
     pub fn tiles(self, row_bounds: &[u32], width: usize) -> Vec<MatMut<'a>> {
@@ -125,6 +130,15 @@ impl<'a> MatMut<'a> {
 
     /// Rows `rows` and columns `cols`, borrowed from this matrix.
     pub fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
+        // SAFETY: the result borrows this view mutably, so that nothing else can touch its elements.
+        unsafe { self.alias(rows, cols) }
+    }
+
+    /// Rows `rows` and columns `cols`, without borrowing: for handing disjoint blocks to several threads.
+    ///
+    /// # Safety
+    /// For as long as the block exists nothing else may touch its elements, and it must not outlive the matrix.
+    pub(super) unsafe fn alias(&self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
         let empty = rows.is_empty() || cols.is_empty();

@@ -1,11 +1,13 @@
 //! Instruction sets, chosen once at run time.
 pub mod dot;
+pub mod dot_i8;
 pub mod exp;
 pub mod gemm;
 pub mod gemm_i8;
 pub mod isa;
 pub mod matrix;
 pub mod pack;
+pub mod pool;
 #[cfg(target_arch = "x86_64")]
 mod quantise_avx512;
 pub mod quantised;

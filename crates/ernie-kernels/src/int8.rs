@@ -1,0 +1,499 @@
+//! Linear layers with 8-bit weights and 8-bit activations, for inference.
+//!
+//! Weights are symmetric with one scale per output row: w ≈ q·s, q in −127..=127. Activations are quantised per token as they come:
+//! x ≈ q·max|x|/127. So y\[t, n\] = s_x(t) · s_w(n) · Σ_k q_x q_w (+ bias), where the sum is a whole number: a token's result never depends on what is
+//! computed beside it, nor on the instruction set.
+use std::ops::Range;
+
+use crate::arch::dot_i8::{self, PANEL, SUMS, TOKENS, Tokens, panels_at_once};
+use crate::arch::exp::exp;
+use crate::arch::isa::{LANES, mul_add, simd_fn};
+use crate::arch::matrix::MatMut;
+use crate::arch::pack::transpose;
+use crate::arch::pool::Pool;
+use crate::memory::Memory;
+use crate::scratch::Scratch;
+
+/// Largest k for which sums stay below 2³¹.
+pub const MAX_K: usize = (1 << 31) / (255 * 127) - 1;
+
+/// Activations that stay in the second-level cache while a task's weights go by, in bytes.
+const BLOCK_BYTES: usize = 192 << 10;
+/// Weights of one task, in bytes.
+const TASK_BYTES: usize = 128 << 10;
+
+/// Quantised activations: `[rows, k]` signed bytes, each row with its scale.
+#[derive(Debug)]
+pub struct Rows8 {
+    memory: Memory,
+    /// Distance between rows in bytes: an odd number of cache lines, so that rows of one tile fall into different sets of the cache.
+    stride: usize,
+    rows: usize,
+    k: usize,
+    scales: Vec<f32>,
+    /// 128 · Σ q of each row: what weights kept as q + 128 add to a sum.
+    excess: Vec<i32>,
+}
+
+impl Rows8 {
+    /// Room for nothing; grows when it is filled.
+    pub fn new() -> Self {
+        Rows8 {
+            memory: Memory::zeroed(0).expect("nothing is always to be had"),
+            stride: 0,
+            rows: 0,
+            k: 0,
+            scales: Vec::new(),
+            excess: Vec::new(),
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn shape(&mut self, rows: usize, k: usize) {
+        assert!(k > 0 && k <= MAX_K, "rows of {k} elements; 1 to {MAX_K} are possible");
+        self.stride = (k.div_ceil(64) | 1) * 64;
+        (self.rows, self.k) = (rows, k);
+        if self.memory.bytes().len() < rows * self.stride {
+            self.memory = Memory::zeroed(rows * self.stride).expect("memory for activations");
+        }
+        self.scales.resize(rows, 0.0);
+        self.excess.resize(rows, 0);
+    }
+
+    /// Quantises x `[rows, k]`.
+    pub fn quantise(&mut self, pool: &Pool, x: &[f32], k: usize) {
+        self.fill(pool, x.len() / k, k, |row, bytes| quantise_row(bytes, &x[row * k..][..k]));
+    }
+
+    /// Quantises rms_norm(x)·w, x `[rows, w.len()]`; the normalised rows themselves go to `normalised`.
+    pub fn norm_quantise(&mut self, pool: &Pool, normalised: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+        let h = w.len();
+        assert!(normalised.len() == x.len(), "normalised rows are shaped like x");
+        pool.for_each_piece(normalised, h * rows_per_task(x.len() / h, pool), |task, rows| {
+            let first = task * rows_per_task(x.len() / h, pool) * h;
+            for (row, x) in rows.chunks_exact_mut(h).zip(x[first..].chunks_exact(h)) {
+                norm_row(row, x, w, eps);
+            }
+        });
+        self.quantise(pool, normalised, h);
+    }
+
+    /// Rows `rows` of `from`, in this order.
+    pub fn gather(&mut self, from: &Rows8, rows: &[u32]) {
+        self.shape(rows.len(), from.k);
+        let stride = self.stride;
+        for (place, &row) in rows.iter().enumerate() {
+            let source = &from.memory.bytes()[row as usize * stride..][..stride];
+            self.memory.bytes_mut()[place * stride..][..stride].copy_from_slice(source);
+            self.scales[place] = from.scales[row as usize];
+            self.excess[place] = from.excess[row as usize];
+        }
+    }
+
+    fn fill(&mut self, pool: &Pool, rows: usize, k: usize, quantise: impl Fn(usize, &mut [u8]) -> (f32, i32) + Sync) {
+        self.shape(rows, k);
+        let (stride, per_task) = (self.stride, rows_per_task(rows, pool));
+        // Each task fills a piece of each of three buffers: they are dealt out together.
+        let mut results = std::mem::take(&mut self.scales);
+        let excess: &mut [i32] = &mut self.excess;
+        let bytes = &mut self.memory.bytes_mut()[..rows * stride];
+        pool.for_each_pieces(bytes, stride * per_task, &mut results, per_task, excess, |task, bytes, scales, excess| {
+            for (i, bytes) in bytes.chunks_exact_mut(stride).enumerate() {
+                (scales[i], excess[i]) = quantise(task * per_task + i, &mut bytes[..k]);
+                bytes[k..].fill(0);
+            }
+        });
+        self.scales = results;
+    }
+
+    /// The values that the bytes of a row stand for, for tests.
+    pub fn dequantised(&self, row: usize) -> Vec<f32> {
+        self.memory.bytes()[row * self.stride..][..self.k].iter().map(|&q| f32::from(q as i8) * self.scales[row]).collect()
+    }
+
+    fn tokens(&self, rows: Range<usize>) -> Tokens<'_> {
+        Tokens { bytes: &self.memory.bytes()[rows.start * self.stride..], stride: self.stride, count: rows.len() }
+    }
+}
+
+impl Default for Rows8 {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Rows of one task of a loop over rows: a short prompt is not worth several threads.
+fn rows_per_task(rows: usize, pool: &Pool) -> usize {
+    rows.div_ceil(4 * pool.threads()).max(8)
+}
+
+/// Weights `[n, k]` packed for the products, with a scale and perhaps a bias for each row.
+#[derive(Debug)]
+pub struct Matrix8 {
+    memory: Memory,
+    /// `[panels · 16]`.
+    scales: Vec<f32>,
+    /// `[panels · 16]`, or empty.
+    bias: Vec<f32>,
+    n: usize,
+    k: usize,
+    words: usize,
+}
+
+impl Matrix8 {
+    /// Packs n rows of k weights; `fill` writes the bytes of one row and returns its scale. Rows beyond a caller's own matrix may be left zero.
+    ///
+    /// # Errors
+    /// What the system says when there is no memory.
+    ///
+    /// # Panics
+    /// If k is 0 or larger than [`MAX_K`].
+    pub fn pack(pool: &Pool, n: usize, k: usize, fill: impl Fn(usize, &mut [i8]) -> f32 + Sync) -> std::io::Result<Self> {
+        assert!(k > 0 && k <= MAX_K, "rows of {k} weights; 1 to {MAX_K} are possible");
+        let (panels, words) = (n.div_ceil(PANEL), k.div_ceil(4));
+        let mut memory = Memory::zeroed(panels * words * 4 * PANEL)?;
+        let mut scales = vec![0.0; panels * PANEL];
+        let bytes = &mut memory.bytes_mut()[..panels * words * 4 * PANEL];
+        pool.for_each_pieces(bytes, words * 4 * PANEL, &mut scales, PANEL, &mut [0u8; 0][..], |panel, out, scales, _| {
+            let mut rows = Scratch::take(PANEL * words);
+            rows.fill(0.0);
+            for (r, row) in rows.chunks_exact_mut(words).enumerate().take(n - panel * PANEL) {
+                scales[r] = fill(panel * PANEL + r, &mut bytemuck::cast_slice_mut(row)[..k]);
+            }
+            let rows: [&[f32]; PANEL] = std::array::from_fn(|r| &rows[r * words..][..words]);
+            transpose::<PANEL>(bytemuck::cast_slice_mut(out), &rows, words);
+            for word in bytemuck::cast_slice_mut::<u8, u32>(out) {
+                *word ^= 0x8080_8080;
+            }
+        });
+        Ok(Matrix8 { memory, scales, bias: Vec::new(), n, k, words })
+    }
+
+    /// Adds a bias for each row, `[n]`.
+    #[must_use]
+    pub fn with_bias(mut self, bias: &[f32]) -> Self {
+        assert_eq!(bias.len(), self.n, "one bias for each row");
+        self.bias = bias.to_vec();
+        self.bias.resize(self.scales.len(), 0.0);
+        self
+    }
+
+    /// Rows.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Columns.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes of the packed weights.
+    pub fn bytes(&self) -> usize {
+        self.scales.len() * self.words * 4
+    }
+
+    /// Row `row`, widened: `[k]`.
+    pub fn copy_row(&self, row: usize, out: &mut [f32]) {
+        let panel = &self.memory.bytes()[row / PANEL * self.words * 4 * PANEL..][..self.words * 4 * PANEL];
+        let (lane, scale) = (row % PANEL * 4, self.scales[row]);
+        for (out, word) in out[..self.k].chunks_mut(4).zip(panel.chunks_exact(4 * PANEL)) {
+            for (out, &q) in out.iter_mut().zip(&word[lane..]) {
+                *out = (i32::from(q) - 128) as f32 * scale;
+            }
+        }
+    }
+}
+
+/// What happens to a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Into {
+    /// y = W x + b.
+    Set,
+    /// y += W x + b.
+    Add,
+    /// Panels of 16 rows alternate between those of a gate and those of an up projection: y = silu(gate) · up.
+    SwiGlu,
+}
+
+/// y = x·wᵀ for all rows of x and all of w: y `[rows, n]`, for [`Into::SwiGlu`] `[rows, n / 2]`.
+pub fn linear(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, into: Into) {
+    let rows = (BLOCK_BYTES / x.stride.max(1)).max(4 * TOKENS) / TOKENS * TOKENS;
+    let mut blocks = Groups::default();
+    for start in (0..x.rows).step_by(rows) {
+        blocks.push(start..(start + rows).min(x.rows), 0);
+    }
+    grouped(pool, y, x, w, w.n, &blocks, into);
+}
+
+/// Groups of rows, each for the part of a matrix that starts at one of its rows. Kept and refilled from step to step.
+#[derive(Debug, Default)]
+pub struct Groups {
+    rows: Vec<Range<usize>>,
+    firsts: Vec<usize>,
+}
+
+impl Groups {
+    /// Forgets all groups.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.firsts.clear();
+    }
+
+    /// Adds rows `rows` of x, after those of the groups before, for the part of the matrix that starts at row `first`, a multiple of 16.
+    pub fn push(&mut self, rows: Range<usize>, first: usize) {
+        assert!(first.is_multiple_of(PANEL), "parts start at a panel");
+        self.rows.push(rows);
+        self.firsts.push(first);
+    }
+}
+
+/// y = x·wᵀ, each group of rows with its own n rows of w: y `[rows, n]`, for [`Into::SwiGlu`] `[rows, n / 2]`.
+///
+/// # Panics
+/// If sizes do not fit, or groups overlap.
+pub fn grouped(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, groups: &Groups, into: Into) {
+    let paired = into == Into::SwiGlu;
+    assert!(x.k == w.k, "rows of {} elements times a matrix of {} columns", x.k, w.k);
+    assert!(!paired || n.is_multiple_of(2 * PANEL), "gate and up alternate by whole panels");
+    assert!(groups.firsts.iter().all(|first| first + n <= w.scales.len()), "a group's part of the matrix");
+    let cols = if paired { n / 2 } else { n };
+    let panel_bytes = w.words * 4 * PANEL;
+    let panels = n.div_ceil(PANEL);
+    let at_least = (panels * groups.rows.len()).div_ceil(8 * pool.threads());
+    let per_task = (TASK_BYTES / panel_bytes).clamp(8, at_least.max(8)).next_multiple_of(8);
+    let width = if paired { per_task / 2 * PANEL } else { per_task * PANEL };
+    let (rows, firsts) = (&groups.rows, &groups.firsts);
+    pool.for_each_block(MatMut::new(y, x.rows, cols), rows, width, |group, col, mut block| {
+        let first = firsts[group] / PANEL + if paired { 2 * col / PANEL } else { col / PANEL };
+        let count = if paired { 2 * block.cols() / PANEL } else { block.cols().div_ceil(PANEL) };
+        task(&mut block, x, rows[group].clone(), w, first..first + count, into);
+    });
+}
+
+/// One block of y: `rows` of x times the panels `panels`.
+fn task(y: &mut MatMut<'_>, x: &Rows8, rows: Range<usize>, w: &Matrix8, panels: Range<usize>, into: Into) {
+    let mut sums = [0i32; SUMS];
+    let tiles = rows.len().div_ceil(TOKENS);
+    let paired = into == Into::SwiGlu;
+    // The panels that the lowest tile takes at once stay in the first-level cache, or the second, while all tiles of tokens go by.
+    let step = token_tiles(rows.clone(), tiles).last().map_or(1, |lowest| panels_at_once(lowest.len()));
+    for first in panels.clone().step_by(step) {
+        let end = (first + step).min(panels.end);
+        for tokens in token_tiles(rows.clone(), tiles) {
+            let own = panels_at_once(tokens.len());
+            let at_once = if (end - first).is_multiple_of(own) { own } else { 1 };
+            let unit = if paired { at_once.max(2) } else { at_once };
+            for start in (first..end).step_by(unit) {
+                for panel in (start..start + unit).step_by(at_once) {
+                    let part = &mut sums[(panel - start) * PANEL * TOKENS..];
+                    let weights = &w.memory.bytes()[panel * w.words * 4 * PANEL..];
+                    dot_i8::tile(part, x.tokens(tokens.clone()), weights, at_once, w.words);
+                }
+                let out = Finish { sums: &sums, at_once, unit, tokens: tokens.clone(), panel: start };
+                out.write(y, x, w, rows.start, panels.start, into);
+            }
+        }
+    }
+}
+
+/// Cuts rows into tiles of nearly equal height, the higher ones first.
+fn token_tiles(rows: Range<usize>, tiles: usize) -> impl Iterator<Item = Range<usize>> {
+    let (height, higher) = (rows.len() / tiles.max(1), rows.len() % tiles.max(1));
+    (0..tiles).map(move |tile| {
+        let start = rows.start + tile * height + tile.min(higher);
+        start..start + height + usize::from(tile < higher)
+    })
+}
+
+/// A tile's sums on their way to y.
+struct Finish<'a> {
+    sums: &'a [i32],
+    /// Panels side by side in a row of `sums`.
+    at_once: usize,
+    /// Panels in `sums`.
+    unit: usize,
+    tokens: Range<usize>,
+    panel: usize,
+}
+
+impl Finish<'_> {
+    fn write(&self, y: &mut MatMut<'_>, x: &Rows8, w: &Matrix8, first_row: usize, first_panel: usize, into: Into) {
+        let width = self.at_once * PANEL;
+        for (t, token) in self.tokens.clone().enumerate() {
+            let (excess, scale) = (x.excess[token], x.scales[token]);
+            let y = y.row_mut(token - first_row);
+            // Panel p of this tile: its sums, scales and biases.
+            let place = |p: usize| p / self.at_once * PANEL * TOKENS + t * width + p % self.at_once * PANEL;
+            if into == Into::SwiGlu {
+                for p in (0..self.unit).step_by(2) {
+                    let (gate, up) = ((self.panel + p) * PANEL, (self.panel + p + 1) * PANEL);
+                    let out = &mut y[(self.panel + p - first_panel) / 2 * PANEL..][..PANEL];
+                    let mut values = [[0.0; PANEL]; 2];
+                    for (values, (p, row)) in values.iter_mut().zip([(p, gate), (p + 1, up)]) {
+                        set(values, &self.sums[place(p)..][..PANEL], excess, scale, &w.scales[row..][..PANEL]);
+                        if !w.bias.is_empty() {
+                            add(values, &w.bias[row..]);
+                        }
+                    }
+                    swiglu(out, &values[0], &values[1]);
+                }
+                continue;
+            }
+            for p in 0..self.unit {
+                let row = (self.panel + p) * PANEL;
+                let col = (self.panel + p - first_panel) * PANEL;
+                let out = &mut y[col..];
+                let count = out.len().min(PANEL);
+                let out = &mut out[..count];
+                let (sums, scales) = (&self.sums[place(p)..][..count], &w.scales[row..][..count]);
+                match into {
+                    Into::Set => set(out, sums, excess, scale, scales),
+                    _ => accumulate(out, sums, excess, scale, scales),
+                }
+                if !w.bias.is_empty() {
+                    add(out, &w.bias[row..]);
+                }
+            }
+        }
+    }
+}
+
+simd_fn! {
+    fn set<FMA>(out: &mut [f32], sums: &[i32], excess: i32, scale: f32, scales: &[f32]) {
+        for ((out, &sum), s) in out.iter_mut().zip(sums).zip(scales) {
+            *out = (sum - excess) as f32 * (scale * s);
+        }
+    }
+}
+
+simd_fn! {
+    fn accumulate<FMA>(out: &mut [f32], sums: &[i32], excess: i32, scale: f32, scales: &[f32]) {
+        for ((out, &sum), s) in out.iter_mut().zip(sums).zip(scales) {
+            *out += (sum - excess) as f32 * (scale * s);
+        }
+    }
+}
+
+simd_fn! {
+    fn add<FMA>(out: &mut [f32], bias: &[f32]) {
+        for (out, b) in out.iter_mut().zip(bias) {
+            *out += b;
+        }
+    }
+}
+
+simd_fn! {
+    fn swiglu<FMA>(out: &mut [f32], gate: &[f32; PANEL], up: &[f32; PANEL]) {
+        let out: &mut [f32; PANEL] = out.try_into().expect("a panel");
+        for i in 0..PANEL {
+            out[i] = gate[i] / (1.0 + exp::<FMA>(-gate[i])) * up[i];
+        }
+    }
+}
+
+simd_fn! {
+    /// y = x · w / sqrt(mean(x²) + eps).
+    fn norm_row<FMA>(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+        let mut sums = [0.0f32; LANES];
+        let (blocks, rest) = x.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                sums[lane] = mul_add::<FMA>(block[lane], block[lane], sums[lane]);
+            }
+        }
+        let rest: f32 = rest.iter().map(|x| x * x).sum();
+        let inverse = 1.0 / ((sums.iter().sum::<f32>() + rest) / x.len() as f32 + eps).sqrt();
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = x * inverse * w;
+        }
+    }
+}
+
+/// Bytes of one row; returns its scale and 128 · Σ q. A row with a value that is not finite gets the scale NaN, so that it shows.
+pub fn quantise_row(out: &mut [u8], x: &[f32]) -> (f32, i32) {
+    let max = largest(x);
+    if !max.is_finite() {
+        out.fill(0);
+        return (f32::NAN, 0);
+    }
+    if max == 0.0 {
+        out.fill(0);
+        return (0.0, 0);
+    }
+    // The reciprocal of a subnormal would be infinite.
+    let inverse = if max < 1e-30 { 0.0 } else { 127.0 / max };
+    (max / 127.0, 128 * round_row(out, x, inverse))
+}
+
+simd_fn! {
+    /// max|x|, or something that is not finite if any element is not.
+    fn largest<FMA>(x: &[f32]) -> f32 {
+        // The bits of |x| order like its values, with infinity and NaN on top.
+        let mut most = [0u32; LANES];
+        let (blocks, rest) = x.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                most[lane] = most[lane].max(block[lane].to_bits() & 0x7fff_ffff);
+            }
+        }
+        f32::from_bits(rest.iter().map(|x| x.to_bits() & 0x7fff_ffff).chain(most).max().unwrap_or(0))
+    }
+}
+
+simd_fn! {
+    /// q = round(x · inverse), ties to even; returns Σ q.
+    fn round_row<FMA>(out: &mut [u8], x: &[f32], inverse: f32) -> i32 {
+        /// Added to a number below 2²², leaves the nearest integer in the low bits of the sum.
+        const ROUND: f32 = 12_582_912.0;
+        let mut sums = [0i32; LANES];
+        let (blocks, rest) = x.as_chunks::<LANES>();
+        let (outs, out_rest) = out.as_chunks_mut::<LANES>();
+        for (out, block) in outs.iter_mut().zip(blocks) {
+            for lane in 0..LANES {
+                let q = (block[lane] * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+                sums[lane] += q;
+                out[lane] = q as u8;
+            }
+        }
+        let mut sum: i32 = sums.iter().sum();
+        for (out, x) in out_rest.iter_mut().zip(rest) {
+            let q = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+            sum += q;
+            *out = q as u8;
+        }
+        sum
+    }
+}
+
+/// The same by plain loops.
+pub mod scalar {
+    /// Values that quantised activations stand for: round(x · 127 / max|x|) · max|x| / 127, row by row.
+    pub fn quantised(x: &[f32], k: usize) -> Vec<f32> {
+        let mut out = Vec::with_capacity(x.len());
+        for row in x.chunks_exact(k) {
+            let max = row.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+            out.extend(row.iter().map(|x| if max == 0.0 { 0.0 } else { (x * (127.0 / max)).round_ties_even() * (max / 127.0) }));
+        }
+        out
+    }
+
+    /// y `[m, n]` = x `[m, k]` · w `[n, k]`ᵀ + bias, sums in f64.
+    pub fn linear(x: &[f32], w: &[f32], bias: Option<&[f32]>, n: usize, k: usize) -> Vec<f64> {
+        let mut y = Vec::new();
+        for x in x.chunks_exact(k) {
+            for (row, w) in w.chunks_exact(k).enumerate().take(n) {
+                let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                y.push(sum + bias.map_or(0.0, |bias| f64::from(bias[row])));
+            }
+        }
+        y
+    }
+}
+
+#[cfg(test)]
+mod tests;
