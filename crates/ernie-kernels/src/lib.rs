@@ -15,6 +15,7 @@ pub mod linear;
 pub mod matmul;
 pub mod memory;
 pub mod norm_linear;
+pub mod paged;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;

@@ -146,7 +146,7 @@ mod avx512 {
                 let mut ws = [_mm512_setzero_si512(); P];
                 for p in 0..P {
                     ws[p] = _mm512_loadu_si512(w.add(p * panel).cast());
-                    if T <= 3 {
+                    if T <= 8 {
                         _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * panel + AHEAD).cast());
                     }
                 }

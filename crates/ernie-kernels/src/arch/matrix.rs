@@ -185,6 +185,7 @@ impl<'a> MatMut<'a> {
     }
 
     /// One row.
+    #[inline]
     pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
         assert!(i < self.rows, "row {i} of {}", self.rows);
         // SAFETY: row i lies within the matrix, which this view owns; the result borrows the view.
