@@ -131,6 +131,15 @@ impl Checkpoint {
         Ok(Tensor { name: name.to_owned(), dtype, shape: source.shape.clone(), bytes, scales })
     }
 
+    /// Gives back the memory of a tensor that has been read for the last time, while the file stays mapped: it can still be read, from the file again.
+    /// Without this a program that copies a checkpoint holds it twice. A name that does not exist is ignored.
+    pub fn release(&self, name: &str) {
+        if let Some(source) = self.table.sources.get(name) {
+            let stored = &self.weights.stored[source.stored];
+            self.weights.files[stored.file].release(stored.entry.bytes.clone());
+        }
+    }
+
     /// The scales of int8 tensor `name`, checked to be positive and finite.
     pub(crate) fn scales(&self, name: &str, scale: usize) -> Result<Vec<f32>> {
         let stored = &self.weights.stored[scale];

@@ -41,6 +41,21 @@ impl FileBytes {
         Ok(Self { path: path.to_owned(), content: Content::Mapped(mapped) })
     }
 
+    /// Tells the system that the pages of these bytes need not stay in memory. The bytes remain readable: pages come back from the file.
+    pub(crate) fn release(&self, range: std::ops::Range<usize>) {
+        #[cfg(unix)]
+        if let Content::Mapped(mapped) = &self.content
+            && range.end <= mapped.len()
+            && !range.is_empty()
+        {
+            // SAFETY: the mapping is read-only and backed by the file, so no page differs from it: dropping pages changes no byte that a slice
+            // into the mapping could show. What `map` asks of the file holds on.
+            let _ = unsafe { mapped.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
     /// Bytes compiled into the program, under a name for messages.
     pub(crate) fn from_static(path: PathBuf, bytes: &'static [u8]) -> Self {
         Self { path, content: Content::Static(bytes) }

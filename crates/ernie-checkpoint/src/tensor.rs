@@ -118,6 +118,16 @@ impl Tensor<'_> {
         Ok(values)
     }
 
+    /// Row `row` of a matrix in f32, as [`Tensor::to_f32`] would give it.
+    pub fn row_to_f32(&self, row: usize) -> Vec<f32> {
+        let width = self.shape.last().copied().unwrap_or(1) * self.dtype.size();
+        let mut values = numeric::widen(self.dtype, &self.bytes[row * width..(row + 1) * width]);
+        if self.dtype == Dtype::I8 {
+            values.iter_mut().for_each(|x| *x *= self.scales[row]);
+        }
+        values
+    }
+
     /// All elements in bf16, rounded to nearest even where they were wider.
     ///
     /// # Errors

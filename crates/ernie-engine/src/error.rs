@@ -57,6 +57,12 @@ pub enum Error {
         /// What can be done instead.
         instead: &'static str,
     },
+    /// The weights do not fit in memory.
+    #[error("no memory for weights of {bytes} bytes; use a smaller or quantised model (`ernie quantize`)")]
+    NoMemoryForWeights {
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// The key/value cache does not fit in memory.
     #[error("no memory for the key/value cache of {positions} positions ({bytes} bytes); use a shorter context")]
     OutOfMemory {

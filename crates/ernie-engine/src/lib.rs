@@ -12,12 +12,14 @@
 //! # }
 //! ```
 //!
-//! No async and no tensors with gradients: the maths is [`ernie_kernels::decode`] on slices. One token's values never depend on what is computed
+//! No async and no tensors with gradients: the maths is [`ernie_kernels`] on slices. One token's values never depend on what is computed
 //! beside it, so prompts may be cut into chunks and prefixes kept without changing a bit of the output.
 mod error;
 mod generate;
 mod model;
+mod moe;
 mod random;
+mod runner;
 mod sampler;
 mod session;
 mod stop;
@@ -25,7 +27,8 @@ mod weights;
 
 pub use error::{Error, Result};
 pub use generate::{Event, FinishReason, Generation, TextDecoder, Timings, generate, generate_in};
-pub use model::Model;
+pub use ernie_kernels::paged::KvDtype;
+pub use model::{LoadOptions, Model};
 pub use sampler::{Sampler, SamplingParams};
 pub use session::Session;
 pub use stop::StopMatcher;

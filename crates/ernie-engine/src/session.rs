@@ -1,11 +1,9 @@
 //! One conversation with a model: its tokens and their keys and values.
-use ernie_kernels::rope::RopeTable;
+use ernie_kernels::paged::{BLOCK, KvDtype};
 
 use crate::error::{Error, Result};
-use crate::model::{LayerCache, Model, Positions};
-
-/// Positions for which a new cache has room; it doubles when full, up to the session's limit.
-const FIRST_CAPACITY: usize = 256;
+use crate::model::Model;
+use crate::runner::Runner;
 
 /// Prompt tokens that go through the layers together: enough that reading the weights is not what takes the time.
 const PREFILL_CHUNK: usize = 256;
@@ -16,18 +14,25 @@ pub struct Session<'m> {
     model: &'m Model,
     max_len: usize,
     ids: Vec<u32>,
-    capacity: usize,
-    caches: Vec<LayerCache>,
-    rope: RopeTable,
-    logits: Vec<f32>,
+    runner: Runner,
+    /// The cache's blocks, in order: a session has them to itself.
+    blocks: Vec<u32>,
 }
 
 impl<'m> Session<'m> {
-    /// An empty session for at most `max_len` tokens. Memory for the cache is taken as the session grows.
+    /// An empty session for at most `max_len` tokens, keys and values in f32. Memory for the cache is taken as the session grows.
     ///
     /// # Errors
-    /// [`Error::Parameter`] if `max_len` is 0, [`Error::ContextLength`] if the model was not made for as many.
+    /// [`Error::Parameter`] if `max_len` is 0, [`Error::ContextLength`] if the model was not made for as many, [`Error::OutOfMemory`].
     pub fn new(model: &'m Model, max_len: usize) -> Result<Self> {
+        Self::with_cache(model, max_len, KvDtype::F32)
+    }
+
+    /// [`Session::new`] with keys and values of another type.
+    ///
+    /// # Errors
+    /// As [`Session::new`].
+    pub fn with_cache(model: &'m Model, max_len: usize, dtype: KvDtype) -> Result<Self> {
         let config = model.config();
         if max_len == 0 {
             return Err(Error::Parameter { field: "max_len", expected: "a number ≥ 1", got: "0".to_owned() });
@@ -35,9 +40,9 @@ impl<'m> Session<'m> {
         if max_len > config.max_position_embeddings {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
         }
-        let caches = (0..config.num_hidden_layers).map(|_| LayerCache::default()).collect();
-        let rope = RopeTable::new(config.rope_theta, config.head_dim, 0);
-        Ok(Session { model, max_len, ids: Vec::new(), capacity: 0, caches, rope, logits: Vec::new() })
+        let blocks = max_len.div_ceil(BLOCK);
+        let runner = Runner::new(config, blocks, dtype)?;
+        Ok(Session { model, max_len, ids: Vec::new(), runner, blocks: (0..blocks as u32).collect() })
     }
 
     /// The model.
@@ -98,8 +103,13 @@ impl<'m> Session<'m> {
     /// # Errors
     /// No or unknown tokens, more than fit, no memory; the session is then as it was.
     pub fn prefill(&mut self, ids: &[u32]) -> Result<&[f32]> {
-        self.logits = self.logits_for(ids, 1)?;
-        Ok(&self.logits)
+        self.check_room(ids)?;
+        let chunks = ids.chunks(PREFILL_CHUNK);
+        let count = chunks.len();
+        for (index, chunk) in chunks.enumerate() {
+            self.step(chunk, usize::from(index + 1 == count));
+        }
+        Ok(&self.runner.work.logits)
     }
 
     /// Appends one token; returns the logits `[vocab]` after it.
@@ -115,61 +125,41 @@ impl<'m> Session<'m> {
     /// # Errors
     /// As [`Session::prefill`]; [`Error::Parameter`] unless 1 ≤ `last` ≤ the number of tokens.
     pub fn logits_for(&mut self, ids: &[u32], last: usize) -> Result<Vec<f32>> {
-        self.check_ids(ids)?;
         if last == 0 || last > ids.len() {
+            self.check_ids(ids)?;
             return Err(Error::Parameter {
                 field: "last",
                 expected: "a number from 1 to the number of tokens given",
                 got: last.to_string(),
             });
         }
-        let needed = self.len() + ids.len();
-        if needed > self.max_len {
-            return Err(Error::ContextLength { needed, limit: self.max_len });
+        self.check_room(ids)?;
+        let mut logits = Vec::new();
+        let mut done = 0;
+        for chunk in ids.chunks(PREFILL_CHUNK) {
+            done += chunk.len();
+            let wanted = done.saturating_sub(ids.len() - last).min(chunk.len());
+            self.step(chunk, wanted);
+            logits.extend_from_slice(&self.runner.work.logits);
         }
-        self.reserve(needed)?;
-        // On one of the pool's own threads, so that each operator splits its work without waking a thread only to hand over.
-        let logits = rayon::scope(|_| {
-            let h = self.model.config().hidden_size;
-            let mut logits = Vec::new();
-            let mut first = 0;
-            for chunk in ids.chunks(PREFILL_CHUNK) {
-                let at = Positions { start: self.ids.len() + first, capacity: self.capacity, rope: &self.rope };
-                let x_th = self.model.forward(chunk, &mut self.caches, at);
-                let wanted = (first + chunk.len()).saturating_sub(ids.len() - last).min(chunk.len());
-                if wanted > 0 {
-                    logits.extend(self.model.logits(&x_th[(chunk.len() - wanted) * h..]));
-                }
-                first += chunk.len();
-            }
-            logits
-        });
-        self.ids.extend_from_slice(ids);
         Ok(logits)
     }
 
-    /// Room for `positions` in every layer's cache.
-    fn reserve(&mut self, positions: usize) -> Result<()> {
-        if positions <= self.capacity {
-            return Ok(());
-        }
-        let config = self.model.config();
-        let (heads, d) = (config.num_key_value_heads, config.head_dim);
-        let capacity = positions.max(self.capacity * 2).max(FIRST_CAPACITY).min(self.max_len);
-        let grown = |old: &[f32]| -> Result<Vec<f32>> {
-            let mut new = Vec::new();
-            let elements = heads * capacity * d;
-            new.try_reserve_exact(elements).map_err(|_| Error::OutOfMemory { positions: capacity, bytes: elements * 4 })?;
-            new.resize(elements, 0.0f32);
-            for head in 0..heads {
-                new[head * capacity * d..][..self.ids.len() * d].copy_from_slice(&old[head * self.capacity * d..][..self.ids.len() * d]);
-            }
-            Ok(new)
-        };
-        let caches = self.caches.iter().map(|cache| Ok(LayerCache { keys: grown(&cache.keys)?, values: grown(&cache.values)? }));
-        self.caches = caches.collect::<Result<_>>()?;
-        self.rope = RopeTable::new(config.rope_theta, d, capacity);
-        self.capacity = capacity;
-        Ok(())
+    fn check_room(&self, ids: &[u32]) -> Result<()> {
+        self.check_ids(ids)?;
+        let needed = self.len() + ids.len();
+        if needed > self.max_len { Err(Error::ContextLength { needed, limit: self.max_len }) } else { Ok(()) }
+    }
+
+    /// Tokens through the model, logits for the last `wanted` of them.
+    fn step(&mut self, ids: &[u32], wanted: usize) {
+        let work = &mut self.runner.work;
+        let start = self.ids.len();
+        work.spans.clear();
+        work.spans.push(ids.len(), start, &self.blocks[..(start + ids.len()).div_ceil(BLOCK)]);
+        work.wanted.clear();
+        work.wanted.extend(ids.len() as u32 - wanted as u32..ids.len() as u32);
+        self.runner.step(self.model, ids);
+        self.ids.extend_from_slice(ids);
     }
 }

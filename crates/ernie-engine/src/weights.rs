@@ -1,66 +1,55 @@
 //! Weights in memory, as they are multiplied.
 use ernie_checkpoint::{Checkpoint, Dtype, Tensor};
-use ernie_kernels::decode::{self, WeightsRef};
+use ernie_kernels::arch::dot_i8::PANEL;
+use ernie_kernels::arch::pool::Pool;
+use ernie_kernels::float::{self, WeightsRef};
+use ernie_kernels::int8::{self, Into, Matrix8, Rows8};
+use ernie_kernels::swiglu;
 use half::bf16;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// In which form matrices are kept. Sums are f32 in any case; norms, biases and the router always stay f32.
+/// In which form matrices are kept. Sums are f32 or exact integers in any case; norms and the router always stay f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightDtype {
-    /// bf16 where the files have bf16, else f32: nothing is rounded.
+    /// As the files have them: 8-bit, bf16, else f32. Nothing is rounded.
     #[default]
     Auto,
     /// f32: exact, twice the memory of bf16.
     F32,
     /// bf16: f32 and 8-bit weights are rounded to it.
     Bf16,
+    /// 8 bits with a scale per row, activations rounded to 8 bits per token: a quarter of the memory of f32, and much faster.
+    Int8,
 }
 
-/// A matrix, row-major.
-#[derive(Clone, Debug)]
-pub enum Weights {
-    /// 32-bit values.
+/// A matrix `[n, k]`.
+#[derive(Debug)]
+pub enum Matrix {
+    /// 32-bit values, row-major.
     F32(Vec<f32>),
-    /// bfloat16 values.
+    /// bfloat16 values, row-major.
     Bf16(Vec<bf16>),
+    /// Bytes, packed, with their scales; a bias is part of it.
+    Int8(Matrix8),
 }
 
-impl Weights {
-    fn load(tensor: &Tensor<'_>, dtype: WeightDtype) -> Result<Self> {
-        let keep_bf16 = match dtype {
-            WeightDtype::Auto => tensor.dtype == Dtype::Bf16,
-            WeightDtype::F32 => false,
-            WeightDtype::Bf16 => true,
-        };
-        Ok(if keep_bf16 { Weights::Bf16(tensor.to_bf16()?) } else { Weights::F32(tensor.to_f32()?) })
-    }
-
-    /// For the kernels.
-    pub fn view(&self) -> WeightsRef<'_> {
-        match self {
-            Weights::F32(w) => WeightsRef::F32(w),
-            Weights::Bf16(w) => WeightsRef::Bf16(w),
-        }
-    }
-
-    /// Row `row` of a matrix of `width` columns, widened.
-    pub fn copy_row(&self, row: usize, width: usize, out: &mut [f32]) {
-        let range = row * width..(row + 1) * width;
-        match self {
-            Weights::F32(w) => out.copy_from_slice(&w[range]),
-            Weights::Bf16(w) => out.iter_mut().zip(&w[range]).for_each(|(o, v)| *o = v.to_f32()),
-        }
-    }
+/// Activations that are multiplied: the values, and the same as bytes if a matrix of bytes asks for them.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    /// `[t, k]`.
+    pub values: &'a [f32],
+    /// `[t, k]`, up to date only where needed.
+    pub rows: &'a Rows8,
 }
 
 /// y = W x (+ b).
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Linear {
-    /// [n, k].
-    pub weights: Weights,
-    /// [n].
-    pub bias: Option<Vec<f32>>,
+    /// `[n, k]`.
+    pub matrix: Matrix,
+    /// `[n]`; for bytes it is in the matrix.
+    bias: Option<Vec<f32>>,
     /// Outputs.
     pub n: usize,
     /// Inputs.
@@ -68,12 +57,62 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// x: [t, k] → [t, n].
-    pub fn forward(&self, x_tk: &[f32]) -> Vec<f32> {
-        let t = x_tk.len() / self.k;
-        let mut y_tn = vec![0.0; t * self.n];
-        decode::linear(&mut y_tn, x_tk, self.weights.view(), self.bias.as_deref(), t, self.n, self.k);
-        y_tn
+    /// Whether it multiplies bytes.
+    pub fn is_int8(&self) -> bool {
+        matches!(self.matrix, Matrix::Int8(_))
+    }
+
+    /// x `[t, k]` → y `[t, n]`, added to y with `add`.
+    pub fn forward(&self, pool: &Pool, y_tn: &mut [f32], x: Input<'_>, add: bool) {
+        let float = |y_tn: &mut [f32], w| {
+            let t = y_tn.len() / self.n;
+            float::linear(pool, y_tn, &x.values[..t * self.k], w, self.bias.as_deref(), t, self.n, self.k, add);
+        };
+        match &self.matrix {
+            Matrix::F32(w) => float(y_tn, WeightsRef::F32(w)),
+            Matrix::Bf16(w) => float(y_tn, WeightsRef::Bf16(w)),
+            Matrix::Int8(w) => int8::linear(pool, y_tn, x.rows, w, if add { Into::Add } else { Into::Set }),
+        }
+    }
+
+    /// Row `row`, widened, `[k]`: for embeddings.
+    pub fn copy_row(&self, row: usize, out: &mut [f32]) {
+        let range = row * self.k..(row + 1) * self.k;
+        match &self.matrix {
+            Matrix::F32(w) => out.copy_from_slice(&w[range]),
+            Matrix::Bf16(w) => out.iter_mut().zip(&w[range]).for_each(|(o, v)| *o = v.to_f32()),
+            Matrix::Int8(w) => w.copy_row(row, out),
+        }
+    }
+}
+
+/// silu(gate x) · (up x): both projections as one matrix. In floats the rows of gate come before those of up; in bytes panels of sixteen rows
+/// alternate, and `i` is rounded up to whole panels, whose outputs are zero.
+#[derive(Debug)]
+pub struct GateUp {
+    linear: Linear,
+    /// Outputs.
+    pub i: usize,
+}
+
+impl GateUp {
+    /// Whether it multiplies bytes.
+    pub fn is_int8(&self) -> bool {
+        self.linear.is_int8()
+    }
+
+    /// x `[t, h]` → y `[t, i]`; `both` is working memory.
+    pub fn forward(&self, pool: &Pool, y_ti: &mut [f32], both: &mut Vec<f32>, x: Input<'_>) {
+        if let Matrix::Int8(w) = &self.linear.matrix {
+            return int8::linear(pool, y_ti, x.rows, w, Into::SwiGlu);
+        }
+        let t = y_ti.len() / self.i;
+        both.resize(t * 2 * self.i, 0.0);
+        self.linear.forward(pool, both, x, false);
+        for (y_i, both) in y_ti.chunks_exact_mut(self.i).zip(both.chunks_exact(2 * self.i)) {
+            let (gate_i, up_i) = both.split_at(self.i);
+            swiglu::forward_block(y_i, gate_i, up_i);
+        }
     }
 }
 
@@ -83,6 +122,15 @@ pub struct Loader<'a> {
     pub checkpoint: &'a Checkpoint,
     /// Form of the matrices.
     pub dtype: WeightDtype,
+    /// Threads that pack.
+    pub pool: &'a Pool,
+}
+
+/// A matrix `[rows, k]` of the checkpoint, and its bias.
+struct Part<'a> {
+    tensor: Tensor<'a>,
+    rows: usize,
+    bias: Option<Vec<f32>>,
 }
 
 impl Loader<'_> {
@@ -96,20 +144,189 @@ impl Loader<'_> {
         Ok(tensor)
     }
 
-    /// A matrix `[n, k]` kept as `dtype` says.
-    pub fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Weights> {
-        Weights::load(&self.tensor(name, &[n, k])?, self.dtype)
-    }
-
     /// An f32 tensor of this shape, flat.
     pub fn f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         Ok(self.tensor(name, shape)?.to_f32()?)
     }
 
-    /// `prefix.weight` and, if `bias`, `prefix.bias`.
-    pub fn linear(&self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Linear> {
-        let weights = self.matrix(&format!("{prefix}.weight"), n, k)?;
-        let bias = bias.then(|| self.f32(&format!("{prefix}.bias"), &[n])).transpose()?;
-        Ok(Linear { weights, bias, n, k })
+    /// `name`, `[n, k]`, as a layer without a bias: an embedding or a head.
+    pub fn matrix(&self, name: &str, n: usize, k: usize, bias: Option<&str>) -> Result<Linear> {
+        let bias = bias.map(|name| self.f32(name, &[n])).transpose()?;
+        self.rows(vec![Part { tensor: self.tensor(name, &[n, k])?, rows: n, bias }], k)
     }
+
+    /// `prefix.weight` and, if `bias`, `prefix.bias`, for each of several projections of the same input, as one matrix: their outputs side by side.
+    pub fn linear(&self, projections: &[(String, usize)], k: usize, bias: bool) -> Result<Linear> {
+        let parts = projections.iter().map(|(prefix, n)| self.part(prefix, *n, k, bias)).collect::<Result<_>>()?;
+        self.rows(parts, k)
+    }
+
+    fn part(&self, prefix: &str, n: usize, k: usize, bias: bool) -> Result<Part<'_>> {
+        let bias = bias.then(|| self.f32(&format!("{prefix}.bias"), &[n])).transpose()?;
+        Ok(Part { tensor: self.tensor(&format!("{prefix}.weight"), &[n, k])?, rows: n, bias })
+    }
+
+    fn rows(&self, parts: Vec<Part<'_>>, k: usize) -> Result<Linear> {
+        let n = parts.iter().map(|part| part.rows).sum();
+        let mut bias: Option<Vec<f32>> = None;
+        for part in &parts {
+            if let Some(part) = &part.bias {
+                bias.get_or_insert_default().extend(part);
+            }
+        }
+        let all: Vec<&Part<'_>> = parts.iter().collect();
+        let matrix = match self.form(&all) {
+            Dtype::I8 => {
+                let matrix = self.pack(&all, n, k, k, |row| {
+                    let mut row = row;
+                    for (index, part) in parts.iter().enumerate() {
+                        if row < part.rows {
+                            return Some((index, row));
+                        }
+                        row -= part.rows;
+                    }
+                    None
+                })?;
+                Matrix::Int8(match bias.take() {
+                    Some(bias) => matrix.with_bias(&bias),
+                    None => matrix,
+                })
+            }
+            Dtype::Bf16 => {
+                let mut values = Vec::with_capacity(n * k);
+                parts.iter().try_for_each(|part| part.tensor.to_bf16().map(|part| values.extend(part)))?;
+                Matrix::Bf16(values)
+            }
+            _ => {
+                let mut values = Vec::with_capacity(n * k);
+                parts.iter().try_for_each(|part| part.tensor.to_f32().map(|part| values.extend(part)))?;
+                Matrix::F32(values)
+            }
+        };
+        self.release(&all);
+        Ok(Linear { matrix, bias, n, k })
+    }
+
+    /// Gate and up projection of an MLP.
+    pub fn gate_up(&self, prefix: &str, i: usize, h: usize, bias: bool) -> Result<GateUp> {
+        let (gate, up) = (format!("{prefix}.gate_proj"), format!("{prefix}.up_proj"));
+        let parts = [self.part(&gate, i, h, bias)?, self.part(&up, i, h, bias)?];
+        if self.form(&[&parts[0], &parts[1]]) != Dtype::I8 {
+            drop(parts);
+            return Ok(GateUp { linear: self.linear(&[(gate, i), (up, i)], h, bias)?, i });
+        }
+        let matrix = self.alternating(&[parts], i, h)?;
+        let padded = i.next_multiple_of(PANEL);
+        Ok(GateUp { linear: Linear { matrix: Matrix::Int8(matrix), bias: None, n: 2 * padded, k: h }, i: padded })
+    }
+
+    /// The down projection that goes with [`Loader::gate_up`]: in bytes its input is as wide as that one's output.
+    pub fn down(&self, prefix: &str, h: usize, i: usize, bias: bool) -> Result<Linear> {
+        let part = self.part(&format!("{prefix}.down_proj"), h, i, bias)?;
+        if self.form(&[&part]) != Dtype::I8 {
+            drop(part);
+            return self.linear(&[(format!("{prefix}.down_proj"), h)], i, bias);
+        }
+        let matrix = self.stacked(&[part], h, i)?;
+        Ok(Linear { matrix: Matrix::Int8(matrix), bias: None, n: h, k: i.next_multiple_of(PANEL) })
+    }
+
+    /// The routed experts `0..experts` as two matrices of bytes, one expert's rows after the other's; `None` if they are not to be bytes.
+    pub fn experts8(&self, prefix: &str, experts: usize, i: usize, h: usize, bias: bool) -> Result<Option<(Matrix8, Matrix8)>> {
+        let part = |expert: usize, name: &str, n, k| self.part(&format!("{prefix}.{expert}.{name}"), n, k, bias);
+        if self.form(&[&part(0, "gate_proj", i, h)?]) != Dtype::I8 {
+            return Ok(None);
+        }
+        let pairs: Vec<[Part<'_>; 2]> =
+            (0..experts).map(|e| Ok([part(e, "gate_proj", i, h)?, part(e, "up_proj", i, h)?])).collect::<Result<_>>()?;
+        let gate_up = self.alternating(&pairs, i, h)?;
+        let downs: Vec<Part<'_>> = (0..experts).map(|e| part(e, "down_proj", h, i)).collect::<Result<_>>()?;
+        let down = self.stacked(&downs, h, i)?;
+        Ok(Some((gate_up, down)))
+    }
+
+    /// Pairs of gate and up `[i, h]` as panels that alternate.
+    fn alternating(&self, pairs: &[[Part<'_>; 2]], i: usize, h: usize) -> Result<Matrix8> {
+        let each = 2 * i.next_multiple_of(PANEL);
+        let source = |row: usize| {
+            let (pair, row) = (row / each, row % each);
+            let (panel, lane) = (row / PANEL, row % PANEL);
+            let row = panel / 2 * PANEL + lane;
+            (row < i).then_some((2 * pair + panel % 2, row))
+        };
+        let parts: Vec<&Part<'_>> = pairs.iter().flatten().collect();
+        let matrix = self.pack(&parts, pairs.len() * each, h, h, source)?;
+        self.release(&parts);
+        let bias = parts.iter().any(|part| part.bias.is_some());
+        Ok(if bias { matrix.with_bias(&biases(&parts, pairs.len() * each, source)) } else { matrix })
+    }
+
+    /// Matrices `[h, i]` one below the other, each from a whole panel on; columns are padded with zeros to whole panels.
+    fn stacked(&self, parts: &[Part<'_>], h: usize, i: usize) -> Result<Matrix8> {
+        let each = h.next_multiple_of(PANEL);
+        let n = if parts.len() == 1 { h } else { parts.len() * each };
+        let source = |row: usize| (row % each < h).then_some((row / each, row % each));
+        let parts: Vec<&Part<'_>> = parts.iter().collect();
+        let matrix = self.pack(&parts, n, i.next_multiple_of(PANEL), i, source)?;
+        self.release(&parts);
+        let bias = parts.iter().any(|part| part.bias.is_some());
+        Ok(if bias { matrix.with_bias(&biases(&parts, n, source)) } else { matrix })
+    }
+
+    /// The form in which these matrices are kept as one.
+    fn form(&self, parts: &[&Part<'_>]) -> Dtype {
+        match self.dtype {
+            WeightDtype::F32 => Dtype::F32,
+            WeightDtype::Bf16 => Dtype::Bf16,
+            WeightDtype::Int8 => Dtype::I8,
+            WeightDtype::Auto => {
+                let first = parts[0].tensor.dtype;
+                let alike = parts.iter().all(|part| part.tensor.dtype == first);
+                if alike && matches!(first, Dtype::I8 | Dtype::Bf16) { first } else { Dtype::F32 }
+            }
+        }
+    }
+
+    /// Packs `n` rows of `k` bytes, of which a part's row gives the first `width`; `source` names the part and its row.
+    fn pack(
+        &self,
+        parts: &[&Part<'_>],
+        n: usize,
+        k: usize,
+        width: usize,
+        source: impl Fn(usize) -> Option<(usize, usize)> + Sync,
+    ) -> Result<Matrix8> {
+        if k > int8::MAX_K {
+            return Err(Error::Unsupported { what: "8-bit weights with such long rows", instead: "keep them in bf16" });
+        }
+        let fill = |row: usize, out: &mut [i8]| {
+            let Some((part, row)) = source(row) else { return 0.0 };
+            let out = &mut out[..width];
+            match parts[part].tensor.as_int8() {
+                Some((bytes, scales)) => {
+                    out.copy_from_slice(&bytes[row * width..][..width]);
+                    scales[row]
+                }
+                None => {
+                    let values = parts[part].tensor.row_to_f32(row);
+                    let (scale, _) = int8::quantise_row(bytemuck::cast_slice_mut(out), &values);
+                    scale
+                }
+            }
+        };
+        Matrix8::pack(self.pool, n, k, fill).map_err(|_| Error::NoMemoryForWeights { bytes: n * k })
+    }
+
+    /// The pages of tensors that have been copied need not stay in memory.
+    fn release(&self, parts: &[&Part<'_>]) {
+        for part in parts {
+            self.checkpoint.release(&part.tensor.name);
+        }
+    }
+}
+
+/// The biases of packed rows, zero where there are none.
+fn biases(parts: &[&Part<'_>], n: usize, source: impl Fn(usize) -> Option<(usize, usize)>) -> Vec<f32> {
+    let bias = |row| source(row).and_then(|(part, row)| parts[part].bias.as_ref().map(|bias| bias[row]));
+    (0..n).map(|row| bias(row).unwrap_or(0.0)).collect()
 }

@@ -69,19 +69,6 @@ impl Rows8 {
         self.fill(pool, x.len() / k, k, |row, bytes| quantise_row(bytes, &x[row * k..][..k]));
     }
 
-    /// Quantises rms_norm(x)·w, x `[rows, w.len()]`; the normalised rows themselves go to `normalised`.
-    pub fn norm_quantise(&mut self, pool: &Pool, normalised: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
-        let h = w.len();
-        assert!(normalised.len() == x.len(), "normalised rows are shaped like x");
-        pool.for_each_piece(normalised, h * rows_per_task(x.len() / h, pool), |task, rows| {
-            let first = task * rows_per_task(x.len() / h, pool) * h;
-            for (row, x) in rows.chunks_exact_mut(h).zip(x[first..].chunks_exact(h)) {
-                norm_row(row, x, w, eps);
-            }
-        });
-        self.quantise(pool, normalised, h);
-    }
-
     /// Rows `rows` of `from`, in this order.
     pub fn gather(&mut self, from: &Rows8, rows: &[u32]) {
         self.shape(rows.len(), from.k);
@@ -124,6 +111,18 @@ impl Default for Rows8 {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// normalised = rms_norm(x)·w, x `[rows, w.len()]`.
+pub fn norm(pool: &Pool, normalised: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+    let h = w.len();
+    assert!(normalised.len() == x.len() && x.len().is_multiple_of(h), "normalised rows are shaped like x");
+    let per_task = rows_per_task(x.len() / h, pool);
+    pool.for_each_piece(normalised, h * per_task, |task, rows| {
+        for (row, x) in rows.chunks_exact_mut(h).zip(x[task * per_task * h..].chunks_exact(h)) {
+            norm_row(row, x, w, eps);
+        }
+    });
 }
 
 /// Rows of one task of a loop over rows: a short prompt is not worth several threads.

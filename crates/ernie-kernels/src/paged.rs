@@ -39,6 +39,7 @@ pub enum KvDtype {
 pub struct KvBlocks {
     memory: Memory,
     dtype: KvDtype,
+    layers: usize,
     blocks: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -51,7 +52,7 @@ impl KvBlocks {
     /// What the system says when it has no more.
     pub fn new(layers: usize, blocks: usize, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> std::io::Result<Self> {
         let bytes = Self::bytes_per_block(layers, kv_heads, head_dim, dtype).checked_mul(blocks).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        Ok(KvBlocks { memory: Memory::zeroed(bytes)?, dtype, blocks, kv_heads, head_dim })
+        Ok(KvBlocks { memory: Memory::zeroed(bytes)?, dtype, layers, blocks, kv_heads, head_dim })
     }
 
     /// Memory of one block, all layers.
@@ -64,10 +65,10 @@ impl KvBlocks {
         self.blocks
     }
 
-    /// Where the keys and values of a layer, block and head stand.
+    /// Where the keys and values of a layer, block and head stand: all layers of a block together, so that few blocks take few pages.
     fn region(&self, layer: usize, block: u32, head: usize) -> Range<usize> {
         let size = region_bytes(self.head_dim, self.dtype);
-        let index = (layer * self.blocks + block as usize) * self.kv_heads + head;
+        let index = (block as usize * self.layers + layer) * self.kv_heads + head;
         index * size..(index + 1) * size
     }
 

@@ -62,6 +62,11 @@ impl RopeTable {
     }
 }
 
+/// Rotates the heads of one row in place by the angles of `position`.
+pub fn rotate_row(row: &mut [f32], table: &RopeTable, position: usize) {
+    table.rotate_row(row, position, false);
+}
+
 /// Rotates every head of x[t, heads·head_dim] in place by the angles of its row's position, backwards if `inverse` (which is the gradient).
 pub fn apply_interleaved(x: &mut [f32], table: &RopeTable, heads: usize, pos_of_row: impl Fn(usize) -> usize + Sync, inverse: bool) {
     let width = heads * table.head_dim();

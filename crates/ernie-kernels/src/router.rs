@@ -2,11 +2,18 @@
 
 /// indices[t, top_k]: for each token the experts with the largest `probs[t, e]` + `bias[e]`, summed in f32, best first; ties go to the lower index.
 pub fn select(probs: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize) -> Vec<u32> {
+    let mut indices = Vec::with_capacity(probs.len() / experts.max(1) * top_k);
+    select_into(&mut indices, &mut Vec::new(), probs, bias, experts, top_k);
+    indices
+}
+
+/// [`select`] into memory that is kept: `indices` is overwritten, `scores` holds what it may.
+pub fn select_into(indices: &mut Vec<u32>, scores: &mut Vec<f32>, probs: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize) {
     assert!(experts > 0 && probs.len().is_multiple_of(experts), "{} probabilities are no rows of {experts}", probs.len());
     assert!(top_k <= experts, "{top_k} of {experts} experts");
     assert!(bias.is_none_or(|bias| bias.len() == experts), "the correction bias is not one number per expert");
-    let mut indices = Vec::with_capacity(probs.len() / experts * top_k);
-    let mut scores = vec![0.0; experts];
+    indices.clear();
+    scores.resize(experts, 0.0);
     for probs in probs.chunks_exact(experts) {
         scores.copy_from_slice(probs);
         if let Some(bias) = bias {
@@ -27,7 +34,6 @@ pub fn select(probs: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize)
             indices.push(expert as u32);
         }
     }
-    indices
 }
 
 /// The same by sorting all experts.

@@ -29,7 +29,7 @@ pub fn backward(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], dy
 
 simd_fn! {
     /// [`forward`] on the calling thread alone.
-    pub(crate) fn forward_block<FMA>(y: &mut [f32], gate: &[f32], up: &[f32]) {
+    pub fn forward_block<FMA>(y: &mut [f32], gate: &[f32], up: &[f32]) {
         for ((y, &gate), &up) in y.iter_mut().zip(gate).zip(up) {
             *y = gate * up / (1.0 + exp::<FMA>(-gate));
         }

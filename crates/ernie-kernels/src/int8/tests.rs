@@ -147,7 +147,8 @@ fn a_norm_comes_before_the_bytes() {
     let pool = Pool::new(2);
     let (x, w) = (random.vec(20 * 50, 2.0), random.vec(50, 1.0));
     let (mut rows, mut normalised) = (Rows8::new(), vec![0.0; x.len()]);
-    rows.norm_quantise(&pool, &mut normalised, &x, &w, 1e-5);
+    norm(&pool, &mut normalised, &x, &w, 1e-5);
+    rows.quantise(&pool, &normalised, 50);
     for (x, y) in x.chunks_exact(50).zip(normalised.chunks_exact(50)) {
         let mean = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / 50.0;
         for ((x, y), w) in x.iter().zip(y).zip(&w) {
