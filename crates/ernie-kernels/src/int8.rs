@@ -320,41 +320,52 @@ struct Finish<'a> {
     panel: usize,
 }
 
+impl Finish<'_> {
+    /// Panel p of token t: sums times scales, plus biases. Inlined, or it would be compiled without the wide registers of its caller.
+    #[inline(always)]
+    fn scaled(&self, t: usize, p: usize, x: &Rows8, w: &Matrix8) -> [f32; PANEL] {
+        let token = self.tokens.start + t;
+        let (excess, scale) = (x.excess[token], x.scales[token]);
+        let place = p / self.at_once * PANEL * TOKENS + (t * self.at_once + p % self.at_once) * PANEL;
+        let sums: [i32; PANEL] = *self.sums[place..].first_chunk().expect("a panel");
+        let row = (self.panel + p) * PANEL;
+        let scales: [f32; PANEL] = *w.scales[row..].first_chunk().expect("a panel");
+        let mut values = [0.0; PANEL];
+        for i in 0..PANEL {
+            values[i] = (sums[i] - excess) as f32 * (scale * scales[i]);
+        }
+        if let Some(bias) = w.bias.get(row..).and_then(<[f32]>::first_chunk::<PANEL>) {
+            for i in 0..PANEL {
+                values[i] += bias[i];
+            }
+        }
+        values
+    }
+}
+
 simd_fn! {
     /// Scales a tile's sums and brings them to y, a block whose first row and panel are given. One call for a tile: a call per panel took a
     /// tenth of the time.
     fn finish<FMA>(tile: &Finish<'_>, y: &mut MatMut<'_>, x: &Rows8, w: &Matrix8, first_row: usize, first_panel: usize, into: Into) {
-        let width = tile.at_once * PANEL;
         for (t, token) in tile.tokens.clone().enumerate() {
-            let (excess, scale) = (x.excess[token], x.scales[token]);
             let y = y.row_mut(token - first_row);
             for p in (0..tile.unit).step_by(if into == Into::SwiGlu { 2 } else { 1 }) {
-                // Panel p of this tile: its sums, scales and biases.
-                let values = |p: usize| {
-                    let place = p / tile.at_once * PANEL * TOKENS + t * width + p % tile.at_once * PANEL;
-                    let sums: &[i32; PANEL] = tile.sums[place..][..PANEL].try_into().expect("a panel");
-                    let row = (tile.panel + p) * PANEL;
-                    let scales: &[f32; PANEL] = w.scales[row..][..PANEL].try_into().expect("a panel");
-                    let mut values: [f32; PANEL] = std::array::from_fn(|i| (sums[i] - excess) as f32 * (scale * scales[i]));
-                    if !w.bias.is_empty() {
-                        let bias: &[f32; PANEL] = w.bias[row..][..PANEL].try_into().expect("a panel");
-                        values = std::array::from_fn(|i| values[i] + bias[i]);
-                    }
-                    values
-                };
                 let place = (tile.panel + p - first_panel) * PANEL;
                 if into == Into::SwiGlu {
-                    let (gate, up) = (values(p), values(p + 1));
-                    let y: &mut [f32; PANEL] = (&mut y[place / 2..][..PANEL]).try_into().expect("a panel");
-                    *y = std::array::from_fn(|i| gate[i] / (1.0 + exp::<FMA>(-gate[i])) * up[i]);
+                    let (gate, up) = (tile.scaled(t, p, x, w), tile.scaled(t, p + 1, x, w));
+                    let mut values = [0.0; PANEL];
+                    for i in 0..PANEL {
+                        values[i] = gate[i] / (1.0 + exp::<FMA>(-gate[i])) * up[i];
+                    }
+                    y[place / 2..][..PANEL].copy_from_slice(&values);
                     continue;
                 }
-                let values = values(p);
+                let values = tile.scaled(t, p, x, w);
                 let y = &mut y[place..];
                 if let Some(y) = y.first_chunk_mut::<PANEL>() {
                     match into {
                         Into::Set => *y = values,
-                        _ => *y = std::array::from_fn(|i| y[i] + values[i]),
+                        _ => y.iter_mut().zip(values).for_each(|(y, value)| *y += value),
                     }
                 } else {
                     for (y, value) in y.iter_mut().zip(values) {
@@ -403,15 +414,20 @@ pub fn quantise_row(out: &mut [u8], x: &[f32]) -> (f32, i32) {
 simd_fn! {
     /// max|x|, or something that is not finite if any element is not.
     fn largest<FMA>(x: &[f32]) -> f32 {
-        // The bits of |x| order like its values, with infinity and NaN on top.
-        let mut most = [0u32; LANES];
-        let (blocks, rest) = x.as_chunks::<LANES>();
+        // Comparisons let NaN slip through; the second sum is 0 unless something is not finite. (A maximum of bit patterns would do both, but
+        // the compiler then gathers across rows of lanes.)
+        let (mut most, mut bad) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let blocks = x.chunks_exact(LANES);
+        let rest = blocks.remainder();
         for block in blocks {
             for lane in 0..LANES {
-                most[lane] = most[lane].max(block[lane].to_bits() & 0x7fff_ffff);
+                let size = block[lane].abs();
+                most[lane] = if size > most[lane] { size } else { most[lane] };
+                bad[lane] += block[lane] * 0.0;
             }
         }
-        f32::from_bits(rest.iter().map(|x| x.to_bits() & 0x7fff_ffff).chain(most).max().unwrap_or(0))
+        let bad = bad.iter().sum::<f32>() + rest.iter().map(|x| x * 0.0).sum::<f32>();
+        most.iter().chain(rest).fold(0.0f32, |most, x| most.max(x.abs())) + bad
     }
 }
 

@@ -13,6 +13,7 @@ use crate::arch::isa::simd_fn;
 use crate::arch::matrix::{Mat, MatMut};
 use crate::arch::pool::Pool;
 use crate::arch::tile::{COLS, ROWS, Update, tile};
+use crate::arch::widen::widen_pairs;
 use crate::memory::Memory;
 use crate::scratch::Scratch;
 
@@ -116,7 +117,7 @@ impl KvBlocks {
         match self.dtype {
             KvDtype::F32 => bytemuck::cast_slice(region).split_at(keys),
             KvDtype::Bf16 => {
-                widen(&mut scratch[..elements], bytemuck::cast_slice(region));
+                widen_pairs(&mut scratch[..elements], bytemuck::cast_slice(region));
                 scratch[..elements].split_at(keys)
             }
             KvDtype::Int8 => {
@@ -168,23 +169,11 @@ fn scale_of(x: &[f32]) -> f32 {
 }
 
 simd_fn! {
-    fn widen<FMA>(out: &mut [f32], words: &[u32]) {
-        for (out, words) in out.as_chunks_mut::<32>().0.iter_mut().zip(words.as_chunks::<16>().0) {
-            for i in 0..16 {
-                out[i] = f32::from_bits(words[i] << 16);
-                out[16 + i] = f32::from_bits(words[i] & 0xffff_0000);
-            }
-        }
-    }
-}
-
-simd_fn! {
     fn widen_keys<FMA>(out: &mut [f32], bytes: &[i8], scales: &[f32]) {
-        let scales: &[f32; BLOCK] = scales.try_into().expect("a scale for each position");
+        let scales: [f32; BLOCK] = *scales.first_chunk().expect("a scale for each position");
         for (out, bytes) in out.as_chunks_mut::<BLOCK>().0.iter_mut().zip(bytes.as_chunks::<BLOCK>().0) {
-            for i in 0..BLOCK {
-                out[i] = f32::from(bytes[i]) * scales[i];
-            }
+            let values = bytes.map(f32::from);
+            *out = std::array::from_fn(|i| values[i] * scales[i]);
         }
     }
 }
@@ -193,9 +182,7 @@ simd_fn! {
     fn widen_values<FMA>(out: &mut [f32], bytes: &[i8], scales: &[f32]) {
         for (row, (out, bytes)) in out.as_chunks_mut::<COLS>().0.iter_mut().zip(bytes.as_chunks::<COLS>().0).enumerate() {
             let scale = scales[row % BLOCK];
-            for i in 0..COLS {
-                out[i] = f32::from(bytes[i]) * scale;
-            }
+            *out = bytes.map(|q| f32::from(q) * scale);
         }
     }
 }
@@ -378,6 +365,22 @@ fn weighted(c: &mut MatMut<'_>, p: &[f32], v: &[f32], seen: usize) {
     }
 }
 
+/// The two halves of an array, combined element by element.
+#[inline(always)]
+fn halve<const N: usize, const HALF: usize>(values: [f32; N], combine: impl Fn(f32, f32) -> f32) -> [f32; HALF] {
+    const { assert!(N == 2 * HALF) };
+    let mut halves = [0.0; HALF];
+    for i in 0..HALF {
+        halves[i] = combine(values[i], values[i + HALF]);
+    }
+    halves
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
 simd_fn! {
     /// One row's scores become weights against the largest score so far; what was summed before is brought to the same base.
     fn softmax<FMA>(scores: &mut [f32], seen: usize, max: &mut f32, sum: &mut f32, values: &mut [f32]) {
@@ -385,31 +388,21 @@ simd_fn! {
         for (i, score) in scores.iter_mut().enumerate() {
             *score = if i < seen { *score } else { f32::NEG_INFINITY };
         }
-        let mut lanes: [f32; 16] = std::array::from_fn(|i| if scores[i + 16] > scores[i] { scores[i + 16] } else { scores[i] });
-        for width in [8, 4, 2, 1] {
-            for i in 0..width {
-                lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
-            }
-        }
-        if lanes[0] > *max {
-            let shrink = exp::<FMA>(*max - lanes[0]);
+        let most = halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, larger), larger), larger), larger), larger)[0];
+        if most > *max {
+            let shrink = exp::<FMA>(*max - most);
             *sum *= shrink;
             for value in values.iter_mut() {
                 *value *= shrink;
             }
-            *max = lanes[0];
+            *max = most;
         }
         for (i, score) in scores.iter_mut().enumerate() {
             let weight = exp::<FMA>(*score - *max);
             *score = if i < seen { weight } else { 0.0 };
         }
-        let mut lanes: [f32; 16] = std::array::from_fn(|i| scores[i] + scores[i + 16]);
-        for width in [8, 4, 2, 1] {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
-        }
-        *sum += lanes[0];
+        let add = |a: f32, b: f32| a + b;
+        *sum += halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, add), add), add), add), add)[0];
     }
 }
 

@@ -13,3 +13,4 @@ mod quantise_avx512;
 pub mod quantised;
 pub mod tile;
 mod tile_i8;
+pub mod widen;
