@@ -10,8 +10,9 @@
 //!
 //! Tokens of equal logit rank by their id, the lower first. Temperature 0 takes the first; no random number is drawn then.
 use std::cmp::Ordering;
-use std::collections::BinaryHeap;
 use std::collections::HashMap;
+
+use ernie_kernels::logits as kernels;
 
 use crate::error::{Error, Result};
 use crate::random::Random;
@@ -90,36 +91,32 @@ impl SamplingParams {
     }
 }
 
-/// Chooses the tokens of one request.
+/// Chooses the tokens of one request. Its working memory is kept from token to token.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     params: SamplingParams,
     random: Random,
     /// Occurrences of a token in the output; 0 for one that only the prompt has.
     counts: HashMap<u32, u32>,
+    penalised: Vec<f32>,
+    weights: Vec<f32>,
+    sums: Vec<f64>,
+    kept: Vec<Candidate>,
 }
 
-/// A token that may still be chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// A token that may be chosen.
+#[derive(Clone, Copy, Debug)]
 struct Candidate {
-    logit: f32,
     id: u32,
+    logit: f32,
+    /// exp((logit − largest) / temperature): the likeliest token has 1, so no exponential overflows however small the temperature.
+    weight: f64,
 }
 
-impl Eq for Candidate {}
-
-impl Ord for Candidate {
-    /// By logit; of equal ones the lower id is the greater, since it comes first.
-    fn cmp(&self, other: &Self) -> Ordering {
-        // −0 and +0 are one logit, though `total_cmp` would part them.
-        let (a, b) = (self.logit + 0.0, other.logit + 0.0);
-        a.total_cmp(&b).then(other.id.cmp(&self.id))
-    }
-}
-
-impl PartialOrd for Candidate {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
+impl Candidate {
+    /// The likelier first; of equal logits the lower id. −0 and +0 are one logit, though `total_cmp` would part them.
+    fn rank(&self, other: &Self) -> Ordering {
+        (other.logit + 0.0).total_cmp(&(self.logit + 0.0)).then(self.id.cmp(&other.id))
     }
 }
 
@@ -130,13 +127,23 @@ impl Sampler {
     /// [`Error::Parameter`].
     pub fn new(params: &SamplingParams) -> Result<Self> {
         params.validate()?;
-        Ok(Sampler { params: params.clone(), random: Random::new(params.seed), counts: HashMap::new() })
+        Ok(Sampler {
+            params: params.clone(),
+            random: Random::new(params.seed),
+            counts: HashMap::new(),
+            penalised: Vec::new(),
+            weights: Vec::new(),
+            sums: Vec::new(),
+            kept: Vec::new(),
+        })
     }
 
     /// Tells the prompt, which the repetition penalty counts.
     pub fn observe_prompt(&mut self, ids: &[u32]) {
-        for &id in ids {
-            self.counts.entry(id).or_insert(0);
+        if self.penalises() {
+            for &id in ids {
+                self.counts.entry(id).or_insert(0);
+            }
         }
     }
 
@@ -145,13 +152,21 @@ impl Sampler {
     /// # Errors
     /// [`Error::BadLogit`] if one is NaN or +∞ or all are −∞.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        let id = if self.params.temperature == 0.0 {
-            self.candidates(logits)?.max().map_or(0, |best| best.id)
+        let max = self.penalise(logits)?;
+        let logits = if self.penalises() { &self.penalised } else { logits };
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let id = if temperature == 0.0 {
+            kernels::first_equal(logits, max).map_or(0, |id| id as u32)
+        } else if top_k == 0 && top_p == 1.0 && min_p == 0.0 {
+            kernels::weights(&mut self.weights, &mut self.sums, logits, max, temperature);
+            draw_block(&self.weights, &self.sums, self.random.uniform())
         } else {
-            let distribution = self.distribution(logits)?;
-            draw(&distribution, self.random.uniform())
+            Self::keep(&self.params, &mut self.kept, &mut self.weights, &mut self.sums, logits, max);
+            draw(&self.kept, self.random.uniform())
         };
-        *self.counts.entry(id).or_insert(0) += 1;
+        if self.penalises() {
+            *self.counts.entry(id).or_insert(0) += 1;
+        }
         Ok(id)
     }
 
@@ -160,95 +175,136 @@ impl Sampler {
     ///
     /// # Errors
     /// As [`Sampler::sample`].
-    pub fn distribution(&self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
+    pub fn distribution(&mut self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
+        let max = self.penalise(logits)?;
+        let logits = if self.penalises() { &self.penalised } else { logits };
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
-        let candidates = self.candidates(logits)?;
         if temperature == 0.0 {
-            return Ok(candidates.max().map(|best| (best.id, 1.0)).into_iter().collect());
+            return Ok(kernels::first_equal(logits, max).map(|id| (id as u32, 1.0)).into_iter().collect());
         }
-        let candidates: Vec<Candidate> = candidates.collect();
-        let max = candidates.iter().fold(f32::NEG_INFINITY, |a, c| a.max(c.logit));
-        // Unnormalised: the likeliest token has 1, so no exponential overflows however small the temperature.
-        let weight = |c: Candidate| (f64::from(c.logit - max) / f64::from(temperature)).exp();
-
-        let mut kept: Vec<(u32, f64)>;
-        if top_k == 0 && top_p == 1.0 && min_p == 0.0 {
-            kept = candidates.iter().map(|&c| (c.id, weight(c))).collect();
+        let kept: Vec<(u32, f64)> = if top_k == 0 && top_p == 1.0 && min_p == 0.0 {
+            kernels::weights(&mut self.weights, &mut self.sums, logits, max, temperature);
+            self.weights.iter().enumerate().map(|(id, &w)| (id as u32, f64::from(w))).collect()
         } else {
-            let most = if top_k == 0 { candidates.len() } else { top_k.min(candidates.len()) };
-            let mut heap: BinaryHeap<Candidate>;
-            let total: f64;
-            if most < candidates.len() {
-                let mut likeliest = candidates;
-                likeliest.select_nth_unstable_by(most - 1, |a, b| b.cmp(a));
-                likeliest.truncate(most);
-                heap = likeliest.into();
-                // In rank order, so that the sum does not depend on how the selection left them.
-                total = heap.clone().into_sorted_vec().iter().rev().map(|&c| weight(c)).sum();
-            } else {
-                total = candidates.iter().map(|&c| weight(c)).sum();
-                heap = candidates.into();
-            }
-            // From the likeliest on, until their share reaches top_p or their weight falls below min_p.
-            kept = Vec::new();
-            let mut sum = 0.0;
-            while let Some(candidate) = heap.pop() {
-                let w = weight(candidate);
-                if !kept.is_empty() && (w < f64::from(min_p) || (top_p < 1.0 && sum >= f64::from(top_p) * total)) {
-                    break;
-                }
-                kept.push((candidate.id, w));
-                sum += w;
-            }
-        }
+            Self::keep(&self.params, &mut self.kept, &mut self.weights, &mut self.sums, logits, max);
+            self.kept.iter().map(|c| (c.id, c.weight)).collect()
+        };
         let total: f64 = kept.iter().map(|(_, w)| w).sum();
-        kept.iter_mut().for_each(|(_, w)| *w /= total);
-        Ok(kept)
+        Ok(kept.into_iter().map(|(id, w)| (id, w / total)).collect())
     }
 
-    /// All tokens with their penalised logits.
-    fn candidates(&self, logits: &[f32]) -> Result<impl Iterator<Item = Candidate>> {
-        if let Some((id, &value)) = logits.iter().enumerate().find(|(_, l)| l.is_nan() || **l == f32::INFINITY) {
+    fn penalises(&self) -> bool {
+        let p = &self.params;
+        p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
+    }
+
+    /// Checks the logits and, if there are penalties, puts the penalised ones aside. Returns the largest.
+    fn penalise(&mut self, logits: &[f32]) -> Result<f32> {
+        let (max, bad) = kernels::largest(logits);
+        if bad && let Some((id, &value)) = logits.iter().enumerate().find(|(_, l)| l.is_nan() || **l == f32::INFINITY) {
             return Err(Error::BadLogit { id, value });
         }
-        if logits.iter().all(|&l| l == f32::NEG_INFINITY) {
-            return Err(Error::BadLogit { id: 0, value: f32::NEG_INFINITY });
+        if max == f32::NEG_INFINITY {
+            return Err(Error::BadLogit { id: 0, value: max });
         }
+        if !self.penalises() {
+            return Ok(max);
+        }
+        self.penalised.clear();
+        self.penalised.extend_from_slice(logits);
         let p = &self.params;
-        let penalised = p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0;
-        let mut changed: Vec<(u32, f32)> = Vec::new();
-        if penalised {
-            for (&id, &count) in &self.counts {
-                if let Some(&logit) = logits.get(id as usize) {
-                    // In f64, where no valid penalty overflows.
-                    let [l, repetition, frequency, presence] =
-                        [logit, p.repetition_penalty, p.frequency_penalty, p.presence_penalty].map(f64::from);
-                    let repeated = if l > 0.0 { l / repetition } else { l * repetition };
-                    let value = repeated - f64::from(count) * frequency - if count > 0 { presence } else { 0.0 };
-                    let value = value.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
-                    changed.push((id, if logit == f32::NEG_INFINITY { logit } else { value }));
-                }
+        for (&id, &count) in &self.counts {
+            let Some(logit) = self.penalised.get_mut(id as usize) else { continue };
+            // In f64, where no valid penalty overflows.
+            let [l, repetition, frequency, presence] =
+                [*logit, p.repetition_penalty, p.frequency_penalty, p.presence_penalty].map(f64::from);
+            let repeated = if l > 0.0 { l / repetition } else { l * repetition };
+            let value = repeated - f64::from(count) * frequency - if count > 0 { presence } else { 0.0 };
+            if *logit != f32::NEG_INFINITY {
+                *logit = value.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
             }
-            changed.sort_unstable_by_key(|&(id, _)| id);
         }
-        let mut changed = changed.into_iter().peekable();
-        Ok(logits.iter().enumerate().map(move |(id, &logit)| {
-            let id = id as u32;
-            let logit = changed.next_if(|&(at, _)| at == id).map_or(logit, |(_, value)| value);
-            Candidate { logit, id }
-        }))
+        Ok(kernels::largest(&self.penalised).0)
+    }
+
+    /// Fills `kept` with the tokens that top-k, top-p and min-p leave, from the likeliest on. Only tokens within some distance of the likeliest are
+    /// gathered and sorted; the distance grows until what was asked for is among them, which it mostly is at once.
+    fn keep(params: &SamplingParams, kept: &mut Vec<Candidate>, weights: &mut Vec<f32>, sums: &mut Vec<f64>, logits: &[f32], max: f32) {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = *params;
+        let (top_p, min_p) = (f64::from(top_p), f64::from(min_p));
+        let weight = |logit: f32| (f64::from(logit - max) / f64::from(temperature)).exp();
+        let limited = top_k > 0 && top_k < logits.len();
+        let everything = if limited || top_p == 1.0 {
+            0.0
+        } else {
+            kernels::weights(weights, sums, logits, max, temperature);
+            sums.iter().sum()
+        };
+        for distance in [4.0, 8.0, 16.0, 32.0, f32::INFINITY] {
+            let least = max - distance * temperature;
+            kept.clear();
+            let near = logits.iter().enumerate().filter(|(_, logit)| **logit >= least);
+            kept.extend(near.map(|(id, &logit)| Candidate { id: id as u32, logit, weight: weight(logit) }));
+            let total = if limited {
+                if kept.len() < top_k && distance.is_finite() {
+                    continue;
+                }
+                if kept.len() > top_k {
+                    kept.select_nth_unstable_by(top_k - 1, Candidate::rank);
+                    kept.truncate(top_k);
+                }
+                kept.sort_unstable_by(Candidate::rank);
+                kept.iter().rev().map(|c| c.weight).sum()
+            } else {
+                let sum: f64 = kept.iter().map(|c| c.weight).sum();
+                // The two sums round differently; a margin keeps the question open rather than answering it wrongly.
+                let enough = (top_p < 1.0 && sum >= (top_p + 1e-4) * everything) || weight(least) < min_p;
+                if !enough && distance.is_finite() {
+                    continue;
+                }
+                kept.sort_unstable_by(Candidate::rank);
+                everything
+            };
+            let mut sum = 0.0;
+            let end = kept.iter().position(|c| {
+                let ends = sum > 0.0 && (c.weight < min_p || (top_p < 1.0 && sum >= top_p * total));
+                sum += c.weight;
+                ends
+            });
+            kept.truncate(end.unwrap_or(kept.len()));
+            return;
+        }
     }
 }
 
-/// The token at which the running sum of probabilities passes `u` in [0, 1).
-fn draw(distribution: &[(u32, f64)], u: f64) -> u32 {
-    let mut left = u;
-    for &(id, probability) in distribution {
-        left -= probability;
+/// The token at which the running sum of weights passes `u` in [0, 1) of their total.
+fn draw(kept: &[Candidate], u: f64) -> u32 {
+    let mut left = u * kept.iter().map(|c| c.weight).sum::<f64>();
+    for candidate in kept {
+        left -= candidate.weight;
         if left < 0.0 {
-            return id;
+            return candidate.id;
         }
     }
-    // Rounding may leave the sum a little below 1: the last token that has any probability.
-    distribution.iter().rev().find(|(_, p)| *p > 0.0).map_or(0, |&(id, _)| id)
+    // Rounding may leave the sum a little below its total: the last token that has any weight.
+    kept.iter().rev().find(|c| c.weight > 0.0).map_or(0, |c| c.id)
+}
+
+/// The same over all tokens in the order of their ids; `sums` are those of blocks of weights, so that whole blocks are passed over.
+fn draw_block(weights: &[f32], sums: &[f64], u: f64) -> u32 {
+    let mut left = u * sums.iter().sum::<f64>();
+    for (block, sum) in sums.iter().enumerate() {
+        if left >= *sum && block + 1 < sums.len() {
+            left -= sum;
+            continue;
+        }
+        let first = block * kernels::BLOCK;
+        for (id, &weight) in weights.iter().enumerate().skip(first).take(kernels::BLOCK) {
+            left -= f64::from(weight);
+            if left < 0.0 && weight > 0.0 {
+                return id as u32;
+            }
+        }
+    }
+    weights.iter().rposition(|&w| w > 0.0).map_or(0, |id| id as u32)
 }

@@ -12,6 +12,7 @@ pub mod experts;
 pub mod float;
 pub mod int8;
 pub mod linear;
+pub mod logits;
 pub mod matmul;
 pub mod memory;
 pub mod norm_linear;
