@@ -5,6 +5,7 @@ pub mod exp;
 pub mod gemm;
 pub mod gemm_i8;
 pub mod isa;
+pub mod limits;
 pub mod matrix;
 pub mod pack;
 pub mod pool;
