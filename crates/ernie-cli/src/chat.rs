@@ -1,12 +1,13 @@
 //! `ernie chat`: a conversation, line by line.
 use anyhow::Context;
 use ernie_checkpoint::{ChatTemplate, ChatTemplateOptions, Tokenizer};
-use ernie_engine::{FinishReason, Model, SamplingParams, Session};
+use ernie_engine::{FinishReason, SamplingParams, Session};
 use rustyline::error::ReadlineError;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use crate::compute::ComputeArguments;
 use crate::conversation::Conversation;
 use crate::encoding::{self, StreamDecoder};
 use crate::interrupt::Interrupt;
@@ -49,6 +50,8 @@ pub struct ChatArguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..))]
     context: Option<u32>,
     #[command(flatten)]
+    compute: ComputeArguments,
+    #[command(flatten)]
     sampling: SamplingArguments,
 }
 
@@ -59,7 +62,7 @@ pub fn run(arguments: &ChatArguments) -> anyhow::Result<()> {
     let tokenizer = arguments.model.tokenizer()?;
     let template = arguments.model.chat_template()?;
     let model_name = arguments.model.name();
-    let model = Model::load(&arguments.model.checkpoint()?).with_context(|| format!("cannot load {model_name}"))?;
+    let model = arguments.compute.load(&arguments.model)?;
     let most = model.config().max_position_embeddings;
     let context = arguments.context.map_or(most, |context| context as usize);
     if context > most {

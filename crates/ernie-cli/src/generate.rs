@@ -1,12 +1,12 @@
 //! `ernie generate`: continue a text.
-use anyhow::Context;
 use ernie_checkpoint::{ChatTemplateOptions, Message};
-use ernie_engine::{FinishReason, Generation, Model, SamplingParams};
+use ernie_engine::{FinishReason, Generation, SamplingParams};
 use serde::Serialize;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use crate::compute::ComputeArguments;
 use crate::encoding::{self, StreamDecoder};
 use crate::interrupt::Interrupt;
 use crate::model::ModelArgument;
@@ -48,6 +48,8 @@ pub struct GenerateArguments {
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    compute: ComputeArguments,
     #[command(flatten)]
     sampling: SamplingArguments,
 }
@@ -99,8 +101,7 @@ pub fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     if tokenizer.is_none() && !params.stop.is_empty() {
         return Err(outcome::usage(format!("--stop needs a tokenizer, and {} has none; use --stop-id", arguments.model.name())));
     }
-    let name = arguments.model.name();
-    let model = Model::load(&arguments.model.checkpoint()?).with_context(|| format!("cannot load {name}"))?;
+    let model = arguments.compute.load(&arguments.model)?;
     let load_seconds = began.elapsed().as_secs_f64();
 
     let show_text = tokenizer.is_some() && !arguments.json;

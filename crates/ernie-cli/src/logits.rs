@@ -1,9 +1,9 @@
 //! `ernie logits`: the numbers before sampling.
-use anyhow::Context;
-use ernie_engine::{Model, Session, WeightDtype};
+use ernie_engine::Session;
 use serde::Serialize;
 use std::io::Write;
 
+use crate::compute::ComputeArguments;
 use crate::model::ModelArgument;
 use crate::outcome;
 
@@ -15,7 +15,7 @@ use crate::outcome;
         This is how to compare the engine with another implementation.",
     after_long_help = "Examples:\n  \
         ernie logits --ids 3,5,7\n  \
-        ernie logits --model path/to/model --ids 3,5,7 --last 3 --dtype f32"
+        ernie logits --model path/to/model --ids 3,5,7 --last 3 --weights f32"
 )]
 pub struct LogitsArguments {
     #[command(flatten)]
@@ -26,19 +26,8 @@ pub struct LogitsArguments {
     /// How many positions, counted from the end
     #[arg(long, value_name = "K", default_value_t = 1)]
     last: usize,
-    /// Form of the weights in memory: as stored, or converted (sums are 32-bit in any case)
-    #[arg(long, value_enum, default_value_t = Dtype::Stored)]
-    dtype: Dtype,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Dtype {
-    /// bf16 where the file has bf16, else f32
-    Stored,
-    /// 32-bit
-    F32,
-    /// 16-bit brain float
-    Bf16,
+    #[command(flatten)]
+    compute: ComputeArguments,
 }
 
 #[derive(Serialize)]
@@ -48,17 +37,11 @@ struct Output<'a> {
 
 /// Runs the command.
 pub fn run(arguments: &LogitsArguments) -> anyhow::Result<()> {
-    let LogitsArguments { model, ids, last, dtype } = arguments;
+    let LogitsArguments { model, ids, last, compute } = arguments;
     if *last == 0 || *last > ids.len() {
         return Err(outcome::usage(format!("--last {last}: expected a number from 1 to the {} ids given", ids.len())));
     }
-    let dtype = match dtype {
-        Dtype::Stored => WeightDtype::Auto,
-        Dtype::F32 => WeightDtype::F32,
-        Dtype::Bf16 => WeightDtype::Bf16,
-    };
-    let name = model.name();
-    let model = Model::load_as(&model.checkpoint()?, dtype).with_context(|| format!("cannot load {name}"))?;
+    let model = compute.load(model)?;
     // A context as long as the model allows, so that a longer prompt is refused with its number.
     let mut session = Session::new(&model, model.config().max_position_embeddings)?;
     let logits = session.logits_for(ids, *last)?;

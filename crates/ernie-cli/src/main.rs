@@ -4,6 +4,7 @@
 mod arguments;
 mod card;
 mod chat;
+mod compute;
 mod conversation;
 mod embedded;
 mod encoding;

@@ -17,7 +17,7 @@ use ernie_checkpoint::{Checkpoint, Config, Family};
 use ernie_kernels::arch::matrix::Mat;
 use ernie_kernels::arch::pool::Pool;
 use ernie_kernels::int8::{self, Rows8};
-use ernie_kernels::paged::{self, BLOCK, KvBlocks, Spans};
+use ernie_kernels::paged::{self, BLOCK, KvBlocks, KvDtype, Spans};
 use ernie_kernels::rope::{self, RopeTable};
 
 use crate::error::{Error, Result};
@@ -35,6 +35,8 @@ pub struct LoadOptions {
     pub dtype: WeightDtype,
     /// Threads that compute; 0 takes as many as there are cores.
     pub threads: usize,
+    /// Form of keys and values; by default f32, or bf16 where the weights are bytes.
+    pub kv_dtype: Option<KvDtype>,
 }
 
 /// A model in memory, read-only: any number of [`Session`](crate::Session)s may use it.
@@ -42,6 +44,7 @@ pub struct LoadOptions {
 pub struct Model {
     config: Config,
     pool: Arc<Pool>,
+    kv_dtype: KvDtype,
     embed_vh: Linear,
     layers: Vec<Layer>,
     norm_h: Vec<f32>,
@@ -111,7 +114,9 @@ impl Model {
         let pool = Arc::new(Pool::new(threads));
         let (h, v) = (config.hidden_size, config.vocab_size);
         let load = Loader { checkpoint, dtype: options.dtype, pool: &pool };
-        let layers = (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
+        let layers: Vec<Layer> =
+            (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
+        let bytes = layers.first().is_some_and(|layer| layer.attention.qkv.is_int8());
         // The released dense code gives its head no bias.
         let head_bias = (config.use_bias && config.family == Family::Moe).then_some("lm_head.bias");
         // A tied head with a bias is a matrix of its own: an embedding has no bias.
@@ -122,6 +127,7 @@ impl Model {
             layers,
             norm_h: load.f32("model.norm.weight", &[h])?,
             head_vh: own_head.then(|| load.matrix(head, v, h, head_bias)).transpose()?,
+            kv_dtype: options.kv_dtype.unwrap_or(if bytes { KvDtype::Bf16 } else { KvDtype::F32 }),
             config,
             pool,
         })
@@ -130,6 +136,11 @@ impl Model {
     /// The model's sizes and constants.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Form of keys and values.
+    pub fn kv_dtype(&self) -> KvDtype {
+        self.kv_dtype
     }
 
     /// Threads that compute.

@@ -1,7 +1,6 @@
 //! What computing takes besides a model: the key/value cache, the angles, and working memory that is kept from step to step.
-use ernie_checkpoint::Config;
 use ernie_kernels::int8::{Groups, Rows8};
-use ernie_kernels::paged::{BLOCK, KvBlocks, KvDtype, Spans};
+use ernie_kernels::paged::{BLOCK, KvBlocks, Spans};
 use ernie_kernels::rope::RopeTable;
 
 use crate::error::{Error, Result};
@@ -60,7 +59,8 @@ pub(crate) struct MoeWorkspace {
 
 impl Runner {
     /// With a cache of `blocks` blocks of 32 positions.
-    pub fn new(config: &Config, blocks: usize, dtype: KvDtype) -> Result<Self> {
+    pub fn new(model: &Model, blocks: usize) -> Result<Self> {
+        let (config, dtype) = (model.config(), model.kv_dtype());
         let (layers, heads, d) = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim);
         let bytes = KvBlocks::bytes_per_block(layers, heads, d, dtype).saturating_mul(blocks);
         let kv = KvBlocks::new(layers, blocks, heads, d, dtype).map_err(|_| Error::OutOfMemory { positions: blocks * BLOCK, bytes })?;

@@ -1,5 +1,5 @@
 //! One conversation with a model: its tokens and their keys and values.
-use ernie_kernels::paged::{BLOCK, KvDtype};
+use ernie_kernels::paged::BLOCK;
 
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -20,19 +20,11 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// An empty session for at most `max_len` tokens, keys and values in f32. Memory for the cache is taken as the session grows.
+    /// An empty session for at most `max_len` tokens. Memory for the cache is taken as the session grows.
     ///
     /// # Errors
     /// [`Error::Parameter`] if `max_len` is 0, [`Error::ContextLength`] if the model was not made for as many, [`Error::OutOfMemory`].
     pub fn new(model: &'m Model, max_len: usize) -> Result<Self> {
-        Self::with_cache(model, max_len, KvDtype::F32)
-    }
-
-    /// [`Session::new`] with keys and values of another type.
-    ///
-    /// # Errors
-    /// As [`Session::new`].
-    pub fn with_cache(model: &'m Model, max_len: usize, dtype: KvDtype) -> Result<Self> {
         let config = model.config();
         if max_len == 0 {
             return Err(Error::Parameter { field: "max_len", expected: "a number ≥ 1", got: "0".to_owned() });
@@ -41,7 +33,7 @@ impl<'m> Session<'m> {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
         }
         let blocks = max_len.div_ceil(BLOCK);
-        let runner = Runner::new(config, blocks, dtype)?;
+        let runner = Runner::new(model, blocks)?;
         Ok(Session { model, max_len, ids: Vec::new(), runner, blocks: (0..blocks as u32).collect() })
     }
 
