@@ -139,7 +139,7 @@ pub fn generate_in(
 ) -> Result<Generation> {
     let began = Instant::now();
     let mut sampler = Sampler::new(params)?;
-    session.check_ids(prompt)?;
+    session.model().check_ids(prompt)?;
     if prompt.len() > session.max_len() {
         return Err(Error::ContextLength { needed: prompt.len(), limit: session.max_len() });
     }

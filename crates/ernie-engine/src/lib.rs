@@ -14,6 +14,8 @@
 //!
 //! No async and no tensors with gradients: the maths is [`ernie_kernels`] on slices. One token's values never depend on what is computed
 //! beside it, so prompts may be cut into chunks and prefixes kept without changing a bit of the output.
+mod drafts;
+mod engine;
 mod error;
 mod generate;
 mod model;
@@ -21,10 +23,13 @@ mod moe;
 mod random;
 mod runner;
 mod sampler;
+pub mod scheduler;
 mod session;
 mod stop;
 mod weights;
 
+pub use drafts::DraftOptions;
+pub use engine::{DraftStats, Engine, EngineOptions, Event as EngineEvent, Request, RequestId};
 pub use error::{Error, Result};
 pub use generate::{Event, FinishReason, Generation, TextDecoder, Timings, generate, generate_in};
 pub use ernie_kernels::paged::KvDtype;

@@ -148,6 +148,21 @@ impl Model {
         self.pool.threads()
     }
 
+    /// Checks that there are ids and that the model knows them.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::UnknownToken`].
+    pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        let vocab_size = self.config.vocab_size;
+        if ids.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        match ids.iter().position(|&id| id as usize >= vocab_size) {
+            Some(position) => Err(Error::UnknownToken { position, id: ids[position], vocab_size }),
+            None => Ok(()),
+        }
+    }
+
     /// New tokens through all layers, their keys and values stored in the cache: `work.x_th` is then their state before the final norm.
     /// `work.spans` says where each stands.
     pub(crate) fn forward(&self, ids: &[u32], kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {

@@ -75,21 +75,6 @@ impl<'m> Session<'m> {
         self.len()
     }
 
-    /// Checks that there are ids and that the model knows them.
-    ///
-    /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::UnknownToken`].
-    pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
-        let vocab_size = self.model.config().vocab_size;
-        if ids.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        match ids.iter().position(|&id| id as usize >= vocab_size) {
-            Some(position) => Err(Error::UnknownToken { position, id: ids[position], vocab_size }),
-            None => Ok(()),
-        }
-    }
-
     /// Appends tokens; returns the logits `[vocab]` after the last one.
     ///
     /// # Errors
@@ -118,7 +103,7 @@ impl<'m> Session<'m> {
     /// As [`Session::prefill`]; [`Error::Parameter`] unless 1 ≤ `last` ≤ the number of tokens.
     pub fn logits_for(&mut self, ids: &[u32], last: usize) -> Result<Vec<f32>> {
         if last == 0 || last > ids.len() {
-            self.check_ids(ids)?;
+            self.model.check_ids(ids)?;
             return Err(Error::Parameter {
                 field: "last",
                 expected: "a number from 1 to the number of tokens given",
@@ -138,7 +123,7 @@ impl<'m> Session<'m> {
     }
 
     fn check_room(&self, ids: &[u32]) -> Result<()> {
-        self.check_ids(ids)?;
+        self.model.check_ids(ids)?;
         let needed = self.len() + ids.len();
         if needed > self.max_len { Err(Error::ContextLength { needed, limit: self.max_len }) } else { Ok(()) }
     }

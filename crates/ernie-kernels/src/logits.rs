@@ -49,6 +49,12 @@ pub fn weights(w: &mut Vec<f32>, sums: &mut Vec<f64>, logits: &[f32], max: f32, 
     }
 }
 
+/// Σ exp(logits − max): with its logarithm a logit becomes a log-probability.
+pub fn sum_of_exponentials(logits: &[f32], max: f32) -> f64 {
+    let mut w = [0.0; BLOCK];
+    logits.chunks(BLOCK).map(|block| block_weights(&mut w[..block.len()], block, max, 1.0)).sum()
+}
+
 simd_fn! {
     fn block_weights<FMA>(w: &mut [f32], logits: &[f32], max: f32, temperature: f32) -> f64 {
         for (w, logit) in w.iter_mut().zip(logits) {
@@ -111,6 +117,9 @@ mod tests {
                 total += exact;
             }
             assert!((sums.iter().sum::<f64>() - total).abs() <= 1e-5 * total);
+            if temperature == 1.0 {
+                assert_eq!(sum_of_exponentials(&logits, max), sums.iter().sum::<f64>());
+            }
         }
     }
 }

@@ -3,4 +3,5 @@ mod generating;
 mod golden;
 mod models;
 mod sampling;
+mod scheduler;
 mod stopping;

@@ -1,0 +1,328 @@
+//! Many requests at once: the scheduler decides what each step computes, the model computes it, samplers choose.
+//!
+//! Every request gets the same tokens and log-probabilities, to the bit, whatever else is running, however its prompt is cut, and whether its beginning
+//! was computed for it or found in the cache.
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ernie_kernels::logits as kernels;
+use ernie_kernels::paged::{BLOCK, KvBlocks};
+
+use crate::drafts::{DraftOptions, Drafter};
+use crate::error::{Error, Result};
+use crate::generate::FinishReason;
+use crate::model::Model;
+use crate::runner::Runner;
+use crate::sampler::{Sampler, SamplingParams};
+use crate::scheduler::{Plan, Scheduler, SchedulerOptions, SequenceId, Stats};
+
+/// How an engine works. `Default` is for a server on a small machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Memory of the key/value cache in bytes, rounded down to whole blocks of 32 positions; taken from the system as it is used.
+    pub cache_bytes: usize,
+    /// Most requests computed together.
+    pub max_batch_size: usize,
+    /// Most tokens computed in one step: what a long prompt may hold up those who are being answered.
+    pub token_budget: usize,
+    /// Requests join and leave at any step; without it a batch is filled only when the last one is finished altogether.
+    pub dynamic_batching: bool,
+    /// Keep the keys and values of finished texts for requests that begin alike.
+    pub prefix_cache: bool,
+    /// Most tokens of a request, prompt and answer together; 0 takes what the model was made for.
+    pub max_len: usize,
+    /// Guessing ahead; never changes a token.
+    pub drafts: DraftOptions,
+    /// Tokens of a step up to which guesses are worth their while: beyond, the processor is busy with the requests themselves.
+    pub draft_batch: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        EngineOptions {
+            cache_bytes: 1 << 30,
+            max_batch_size: 16,
+            token_budget: 256,
+            dynamic_batching: true,
+            prefix_cache: true,
+            max_len: 0,
+            drafts: DraftOptions::default(),
+            draft_batch: 16,
+        }
+    }
+}
+
+/// What to continue, and how.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Request {
+    /// Token ids.
+    pub prompt: Vec<u32>,
+    /// How to choose tokens and when to stop; stop strings are for who turns tokens into text.
+    pub params: SamplingParams,
+    /// Report the log-probability of each token.
+    pub logprobs: bool,
+}
+
+/// A request's name.
+pub type RequestId = SequenceId;
+
+/// What a step brought.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A token was chosen.
+    Token {
+        /// Whose.
+        id: RequestId,
+        /// Which.
+        token: u32,
+        /// ln of its probability under the model, before temperature and penalties, if that was asked for.
+        logprob: Option<f32>,
+    },
+    /// A request is finished; nothing more will come of it.
+    Finished {
+        /// Which.
+        id: RequestId,
+        /// Why.
+        reason: FinishReason,
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens chosen.
+        output_tokens: usize,
+    },
+    /// A request came to an end because the model's numbers are damaged.
+    Failed {
+        /// Which.
+        id: RequestId,
+        /// Token whose logit is no number.
+        token: usize,
+        /// Its value.
+        value: f32,
+    },
+}
+
+/// Counts of the guesses since the beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DraftStats {
+    /// Tokens guessed and checked.
+    pub guessed: u64,
+    /// Of these, tokens that the model would have chosen itself.
+    pub right: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Engine {
+    model: Arc<Model>,
+    options: EngineOptions,
+    scheduler: Scheduler,
+    runner: Runner,
+    requests: HashMap<RequestId, Active>,
+    plan: Plan,
+    events: Vec<Event>,
+    draft: Vec<u32>,
+    accepted: Vec<u32>,
+    next_id: u64,
+    draft_stats: DraftStats,
+}
+
+/// A request on its way.
+#[derive(Debug)]
+struct Active {
+    prompt_tokens: usize,
+    output_tokens: usize,
+    params: SamplingParams,
+    logprobs: bool,
+    sampler: Sampler,
+    drafter: Drafter,
+}
+
+impl Engine {
+    /// An engine without requests.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for an option that makes no sense; [`Error::OutOfMemory`].
+    pub fn new(model: Arc<Model>, options: EngineOptions) -> Result<Self> {
+        let config = model.config();
+        let per_block =
+            KvBlocks::bytes_per_block(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.kv_dtype());
+        let max_len = if options.max_len == 0 { config.max_position_embeddings } else { options.max_len };
+        if max_len > config.max_position_embeddings {
+            return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
+        }
+        // More blocks than all sequences could fill are none that anybody needs, but for the prefix cache.
+        let blocks = (options.cache_bytes / per_block).min(1 << 24);
+        if blocks == 0 {
+            let got = options.cache_bytes.to_string();
+            return Err(Error::Parameter { field: "cache_bytes", expected: "room for at least one block of 32 positions", got });
+        }
+        let scheduler = Scheduler::new(SchedulerOptions {
+            block_size: BLOCK,
+            blocks,
+            max_batch_size: options.max_batch_size,
+            token_budget: options.token_budget,
+            dynamic_batching: options.dynamic_batching,
+            prefix_cache: options.prefix_cache,
+            max_len,
+        })?;
+        Ok(Engine {
+            runner: Runner::new(&model, blocks)?,
+            model,
+            options,
+            scheduler,
+            requests: HashMap::new(),
+            plan: Plan::default(),
+            events: Vec::new(),
+            draft: Vec::new(),
+            accepted: Vec::new(),
+            next_id: 0,
+            draft_stats: DraftStats::default(),
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Most tokens of a request, prompt and answer together.
+    pub fn max_len(&self) -> usize {
+        self.scheduler.max_len()
+    }
+
+    /// A new request at the end of the queue.
+    ///
+    /// # Errors
+    /// A parameter out of range, an empty prompt, one with unknown tokens or longer than the context.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        let mut sampler = Sampler::new(&request.params)?;
+        self.model.check_ids(&request.prompt)?;
+        sampler.observe_prompt(&request.prompt);
+        let id = SequenceId(self.next_id);
+        let prompt_tokens = request.prompt.len();
+        self.scheduler.submit(id, request.prompt, request.params.max_tokens)?;
+        self.next_id += 1;
+        let (params, logprobs, drafter) = (request.params, request.logprobs, Drafter::new(self.options.drafts));
+        self.requests.insert(id, Active { prompt_tokens, output_tokens: 0, params, logprobs, sampler, drafter });
+        Ok(id)
+    }
+
+    /// Ends a request at once; nothing more will come of it. Returns whether there was one.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        self.requests.remove(&id);
+        self.scheduler.cancel(id)
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// Queue, cache and preemptions.
+    pub fn stats(&self) -> Stats {
+        self.scheduler.stats()
+    }
+
+    /// Guesses and how many were right.
+    pub fn draft_stats(&self) -> DraftStats {
+        self.draft_stats
+    }
+
+    /// Computes one step and returns what it brought; nothing if there is nothing to do.
+    pub fn step(&mut self) -> &[Event] {
+        self.events.clear();
+        if self.scheduler.is_idle() {
+            return &self.events;
+        }
+        self.guess();
+        self.scheduler.plan(&mut self.plan);
+        let work = &mut self.runner.work;
+        work.spans.clear();
+        work.wanted.clear();
+        for item in &self.plan.items {
+            work.spans.push(item.tokens.len(), item.start, &self.plan.blocks[item.blocks.clone()]);
+            work.wanted.extend((item.tokens.end - item.samples) as u32..item.tokens.end as u32);
+        }
+        self.runner.step(&self.model, &self.plan.tokens);
+        let plan = std::mem::take(&mut self.plan);
+        let mut row = 0;
+        for item in &plan.items {
+            let guesses = &plan.tokens[item.tokens.end - item.drafts..item.tokens.end];
+            self.choose(item.id, guesses, row, item.samples);
+            row += item.samples;
+        }
+        self.plan = plan;
+        &self.events
+    }
+
+    /// Guesses for the decoding sequences, if they are few enough.
+    fn guess(&mut self) {
+        let running = self.scheduler.running().len();
+        if self.options.drafts.max_tokens == 0 || running == 0 {
+            return;
+        }
+        let most = (self.options.draft_batch / running).saturating_sub(1);
+        for index in 0..running {
+            let id = self.scheduler.running()[index];
+            if most == 0 || !self.scheduler.is_decoding(id) {
+                continue;
+            }
+            let (Some(request), Some(tokens)) = (self.requests.get_mut(&id), self.scheduler.tokens(id)) else { continue };
+            request.drafter.guess(tokens, most, &mut self.draft);
+            self.scheduler.set_draft(id, &self.draft);
+        }
+    }
+
+    /// Chooses the tokens that follow an item, from its logits at `row..row + samples`: as long as what is chosen was guessed, the next logits are
+    /// those of the text as it is. What is drawn is the same as without guesses, for each token is drawn from its own distribution in its turn.
+    fn choose(&mut self, id: RequestId, guesses: &[u32], row: usize, samples: usize) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let vocab = self.model.config().vocab_size;
+        self.accepted.clear();
+        let mut finish = None;
+        for sample in 0..samples {
+            let logits = &self.runner.work.logits[(row + sample) * vocab..][..vocab];
+            let token = match request.sampler.sample(logits) {
+                Ok(token) => token,
+                Err(Error::BadLogit { id: token, value }) => {
+                    self.events.push(Event::Failed { id, token, value });
+                    self.cancel(id);
+                    return;
+                }
+                Err(error) => unreachable!("the parameters were checked: {error}"),
+            };
+            let logprob = request.logprobs.then(|| logprob(logits, token));
+            self.events.push(Event::Token { id, token, logprob });
+            self.accepted.push(token);
+            request.output_tokens += 1;
+            let ends = request.params.stop_ids.contains(&token)
+                || (!request.params.ignore_eos && self.model.config().eos_token_id.contains(&token));
+            if ends {
+                finish = Some(FinishReason::Stop);
+                break;
+            }
+            if self.accepted.len() == self.scheduler.remaining(id) {
+                finish = Some(FinishReason::Length);
+                break;
+            }
+            if guesses.get(sample) != Some(&token) {
+                break;
+            }
+        }
+        let right = self.accepted.iter().zip(guesses).take_while(|(a, b)| a == b).count();
+        request.drafter.learn(guesses.len(), right);
+        self.draft_stats.guessed += guesses.len() as u64;
+        self.draft_stats.right += right as u64;
+        self.scheduler.commit(id, &self.accepted, finish.is_some());
+        if let Some(reason) = finish {
+            let (prompt_tokens, output_tokens) = (request.prompt_tokens, request.output_tokens);
+            self.requests.remove(&id);
+            self.events.push(Event::Finished { id, reason, prompt_tokens, output_tokens });
+        }
+    }
+}
+
+/// ln softmax(logits)\[token\].
+fn logprob(logits: &[f32], token: u32) -> f32 {
+    let (max, _) = kernels::largest(logits);
+    (f64::from(logits[token as usize] - max) - kernels::sum_of_exponentials(logits, max).ln()) as f32
+}
