@@ -114,8 +114,9 @@ mod avx512 {
     use super::{PANEL, Tokens};
     use std::arch::x86_64::*;
 
-    /// How far ahead a stream of weights is fetched: reading hint of two cores that share 32 GB/s.
+    /// How far ahead streams of weights are fetched: eight side by side are read faster than they arrive, two wait for the sums of many tokens.
     const AHEAD: usize = 1024;
+    const FAR_AHEAD: usize = 4096;
 
     /// # Safety
     /// The features; sizes as [`super::tile`] asserts them.
@@ -147,7 +148,8 @@ mod avx512 {
                 for p in 0..P {
                     ws[p] = _mm512_loadu_si512(w.add(p * panel).cast());
                     if T <= 8 {
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * panel + AHEAD).cast());
+                        let ahead = if T <= 3 { AHEAD } else { FAR_AHEAD };
+                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * panel + ahead).cast());
                     }
                 }
                 for t in 0..T {
