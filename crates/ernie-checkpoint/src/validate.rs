@@ -25,6 +25,25 @@ impl Checkpoint {
         }
     }
 
+    /// The part of [`Checkpoint::validate`] that reads no weights: names, shapes and types.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::validate`], but for what only the numbers tell.
+    pub fn validate_structure(&self) -> Result<()> {
+        self.structure_problems().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// The part of [`Checkpoint::validate`] that reads one tensor's weights, for a reader who takes them one by one.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`], [`Error::NoSuchTensor`].
+    pub fn validate_numbers(&self, name: &str) -> Result<()> {
+        let Some(source) = self.table.sources.get(name) else {
+            return Err(Error::NoSuchTensor { file: self.weights.origin.clone(), tensor: name.into() });
+        };
+        self.non_finite(&self.weights.stored[source.stored]).map_or(Ok(()), Err)
+    }
+
     /// Every problem that [`Checkpoint::validate`] would stop at, for showing: names and shapes first, then numbers.
     pub fn problems(&self) -> Vec<Error> {
         let mut problems = self.structure_problems();

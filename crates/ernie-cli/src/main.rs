@@ -2,6 +2,7 @@
 //!
 //! One file per subcommand; each takes its raw arguments, checks them, and calls the libraries. The exit code is decided in [`outcome`] alone.
 mod arguments;
+mod bench;
 mod card;
 mod chat;
 mod compute;
@@ -39,6 +40,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Logits(logits) => logits::run(logits),
         Command::Inspect(inspect) => inspect::run(inspect),
         Command::Tokenize(tokenize) => tokenize::run(tokenize),
+        Command::Bench(bench) => bench::run(bench),
         Command::Train(train) => train::run(train),
     }
 }

@@ -149,8 +149,11 @@ impl Engine {
         if max_len > config.max_position_embeddings {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
         }
-        // More blocks than all sequences could fill are none that anybody needs, but for the prefix cache.
-        let blocks = (options.cache_bytes / per_block).min(1 << 24);
+        let mut blocks = options.cache_bytes / per_block;
+        if !options.prefix_cache {
+            // More than all sequences together could fill are of no use.
+            blocks = blocks.min(options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)));
+        }
         if blocks == 0 {
             let got = options.cache_bytes.to_string();
             return Err(Error::Parameter { field: "cache_bytes", expected: "room for at least one block of 32 positions", got });

@@ -14,6 +14,7 @@
 //!
 //! No async and no tensors with gradients: the maths is [`ernie_kernels`] on slices. One token's values never depend on what is computed
 //! beside it, so prompts may be cut into chunks and prefixes kept without changing a bit of the output.
+mod cost;
 mod drafts;
 mod engine;
 mod error;
@@ -28,10 +29,13 @@ mod session;
 mod stop;
 mod weights;
 
+pub use cost::Cost;
 pub use drafts::DraftOptions;
 pub use engine::{DraftStats, Engine, EngineOptions, Event as EngineEvent, Request, RequestId};
 pub use error::{Error, Result};
 pub use generate::{Event, FinishReason, Generation, TextDecoder, Timings, generate, generate_in};
+pub use ernie_kernels::arch::limits::Limits;
+pub use ernie_kernels::arch::pool::Pool;
 pub use ernie_kernels::paged::KvDtype;
 pub use model::{LoadOptions, Model};
 pub use sampler::{Sampler, SamplingParams};

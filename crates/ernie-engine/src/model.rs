@@ -13,7 +13,7 @@
 //! operator is batch-invariant, so a token's values are the same bits whatever is computed beside it and however its prompt was cut into steps. Oracle: `transformers` `modeling_ernie4_5.py`, `modeling_ernie4_5_moe.py`.
 use std::sync::Arc;
 
-use ernie_checkpoint::{Checkpoint, Config, Family};
+use ernie_checkpoint::{Checkpoint, Config, Family, TensorGroup};
 use ernie_kernels::arch::matrix::Mat;
 use ernie_kernels::arch::pool::Pool;
 use ernie_kernels::int8::{self, Rows8};
@@ -109,7 +109,7 @@ impl Model {
                 instead: "use a text checkpoint of the family (ernie4_5 or ernie4_5_moe)",
             });
         }
-        checkpoint.validate()?;
+        checkpoint.validate_structure()?;
         let threads = if options.threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { options.threads };
         let pool = Arc::new(Pool::new(threads));
         let (h, v) = (config.hidden_size, config.vocab_size);
@@ -122,6 +122,11 @@ impl Model {
         // A tied head with a bias is a matrix of its own: an embedding has no bias.
         let own_head = !checkpoint.tied() || head_bias.is_some();
         let head = if checkpoint.tied() { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        // What is not kept must be sound all the same.
+        for spec in config.tensor_specs().iter().filter(|spec| spec.group == TensorGroup::Mtp && checkpoint.contains(&spec.name)) {
+            checkpoint.validate_numbers(&spec.name)?;
+            checkpoint.release(&spec.name);
+        }
         Ok(Model {
             embed_vh: load.matrix("model.embed_tokens.weight", v, h, None)?,
             layers,
@@ -141,6 +146,21 @@ impl Model {
     /// Form of keys and values.
     pub fn kv_dtype(&self) -> KvDtype {
         self.kv_dtype
+    }
+
+    /// The threads that compute.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Whether the projections are bytes.
+    pub fn is_int8(&self) -> bool {
+        self.layers.first().is_some_and(|layer| layer.attention.qkv.is_int8())
+    }
+
+    /// Memory of a weight of the projections.
+    pub(crate) fn bytes_per_weight(&self) -> f64 {
+        self.layers.first().map_or(4.0, |layer| layer.attention.qkv.bytes_per_weight())
     }
 
     /// Threads that compute.

@@ -62,6 +62,15 @@ impl Linear {
         matches!(self.matrix, Matrix::Int8(_))
     }
 
+    /// Memory of one weight.
+    pub fn bytes_per_weight(&self) -> f64 {
+        match &self.matrix {
+            Matrix::F32(_) => 4.0,
+            Matrix::Bf16(_) => 2.0,
+            Matrix::Int8(_) => 1.0,
+        }
+    }
+
     /// x `[t, k]` → y `[t, n]`, added to y with `add`.
     pub fn forward(&self, pool: &Pool, y_tn: &mut [f32], x: Input<'_>, add: bool) {
         let float = |y_tn: &mut [f32], w| {
@@ -146,6 +155,7 @@ impl Loader<'_> {
 
     /// An f32 tensor of this shape, flat.
     pub fn f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.checkpoint.validate_numbers(name)?;
         Ok(self.tensor(name, shape)?.to_f32()?)
     }
 
@@ -193,11 +203,13 @@ impl Loader<'_> {
                 })
             }
             Dtype::Bf16 => {
+                self.validate(&all)?;
                 let mut values = Vec::with_capacity(n * k);
                 parts.iter().try_for_each(|part| part.tensor.to_bf16().map(|part| values.extend(part)))?;
                 Matrix::Bf16(values)
             }
             _ => {
+                self.validate(&all)?;
                 let mut values = Vec::with_capacity(n * k);
                 parts.iter().try_for_each(|part| part.tensor.to_f32().map(|part| values.extend(part)))?;
                 Matrix::F32(values)
@@ -314,7 +326,16 @@ impl Loader<'_> {
                 }
             }
         };
-        Matrix8::pack(self.pool, n, k, fill).map_err(|_| Error::NoMemoryForWeights { bytes: n * k })
+        let matrix = Matrix8::pack(self.pool, n, k, fill).map_err(|_| Error::NoMemoryForWeights { bytes: n * k })?;
+        // Rounding a row that has something other than numbers gives it the scale NaN: then it is looked for.
+        if !matrix.is_finite() {
+            self.validate(parts)?;
+        }
+        Ok(matrix)
+    }
+
+    fn validate(&self, parts: &[&Part<'_>]) -> Result<()> {
+        parts.iter().try_for_each(|part| Ok(self.checkpoint.validate_numbers(&part.tensor.name)?))
     }
 
     /// The pages of tensors that have been copied need not stay in memory.

@@ -191,6 +191,11 @@ impl Matrix8 {
         self.k
     }
 
+    /// Whether all scales are numbers.
+    pub fn is_finite(&self) -> bool {
+        self.scales.iter().all(|scale| scale.is_finite())
+    }
+
     /// Bytes of the packed weights.
     pub fn bytes(&self) -> usize {
         self.scales.len() * self.words * 4
