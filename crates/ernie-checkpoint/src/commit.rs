@@ -16,6 +16,21 @@ use crate::error::{Error, Result};
 use crate::files::{self, ReadError};
 use crate::shards::{INDEX, SINGLE};
 
+/// Files beside config and weights that belong to a model, which go with them when it is copied.
+pub(crate) const COMPANIONS: [&str; 11] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "spm.model",
+    "ernie_token_100k.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+];
+
 const JOURNAL: &str = ".ernie-save.json";
 
 /// Leftovers of killed saves are removed once they are older than any save takes.
@@ -121,7 +136,7 @@ fn finish(dir: &Path) -> Result<()> {
     // The journal is a file like any other and may have been downloaded: it must not reach beyond model files.
     for (from, to) in &journal.rename {
         let plain = !from.contains(['/', '\\']) && from.starts_with(TEMPORARY_PREFIX);
-        if !plain || !(is_weights_file(to) || to == "config.json") {
+        if !plain || !(is_weights_file(to) || to == "config.json" || COMPANIONS.contains(&to.as_str())) {
             return Err(interrupted(format!("it renames {from:?} to {to:?}, which is not a model file")));
         }
     }
@@ -206,7 +221,7 @@ mod tests {
         for text in [
             r#"{"rename": [["../x", "config.json"]], "remove": []}"#,
             r#"{"rename": [[".ernie-tmp-/../../x", "config.json"]], "remove": []}"#,
-            r#"{"rename": [[".ernie-tmp-a", "tokenizer.json"]], "remove": []}"#,
+            r#"{"rename": [[".ernie-tmp-a", "notes.txt"]], "remove": []}"#,
             r#"{"rename": [], "remove": ["../model-1.safetensors"]}"#,
             r#"{"rename": [], "remove": ["config.json"]}"#,
             "nonsense",

@@ -287,6 +287,22 @@ pub enum Error {
         /// The value.
         value: f32,
     },
+    /// A model to be quantised that is quantised already.
+    #[error("{}: these weights are quantised already; give the model they were made from", file.display())]
+    AlreadyQuantised {
+        /// The weights file or index.
+        file: PathBuf,
+    },
+    /// Not enough room for what would be written.
+    #[error("{}: {needed} bytes are needed on this disk and {free} are free; make room or choose another", dir.display())]
+    DiskFull {
+        /// Where it would be written.
+        dir: PathBuf,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+    },
     /// An int8 weight without its `weight_scale`, or a scale without its weight.
     #[error("{}: tensor `{tensor}` is int8 and needs `{scale}` of shape [{rows}, 1] or [{rows}]: {got}", file.display())]
     Scale {

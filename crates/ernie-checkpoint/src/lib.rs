@@ -16,6 +16,7 @@ mod layout;
 mod mapped;
 mod mapping;
 mod numeric;
+mod quantize;
 mod save;
 mod sentencepiece;
 mod shards;
@@ -31,6 +32,7 @@ pub use config::{Config, Family, HiddenAct, MlpKind, MoeConfig, ParameterCounts,
 pub use error::{Error, Result};
 pub use layout::Layout;
 pub use mapped::MappedFile;
+pub use quantize::{QuantizeOptions, QuantizeProgress, QuantizeSummary, quantize};
 pub use save::{SaveDtype, SaveOptions, save};
 pub use sentencepiece::SentencePieceError;
 pub use specs::{TensorGroup, TensorRole, TensorSpec};

@@ -125,7 +125,7 @@ fn check_complete(dir: &Path, specs: &HashMap<String, TensorSpec>, given: &HashS
 }
 
 /// transformers 5 reads `dtype`, before that it was `torch_dtype`; one that is there is updated.
-fn set_dtype(config: &mut Value, dtype: SaveDtype) {
+pub(crate) fn set_dtype(config: &mut Value, dtype: SaveDtype) {
     let Value::Object(config) = config else { return };
     let name = match dtype {
         SaveDtype::F32 => "float32",

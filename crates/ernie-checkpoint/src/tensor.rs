@@ -118,12 +118,15 @@ impl Tensor<'_> {
         Ok(values)
     }
 
-    /// Row `row` of a matrix in f32, as [`Tensor::to_f32`] would give it.
-    pub fn row_to_f32(&self, row: usize) -> Vec<f32> {
-        let width = self.shape.last().copied().unwrap_or(1) * self.dtype.size();
-        let mut values = numeric::widen(self.dtype, &self.bytes[row * width..(row + 1) * width]);
-        if self.dtype == Dtype::I8 {
-            values.iter_mut().for_each(|x| *x *= self.scales[row]);
+    /// Rows `rows` of a matrix in f32, as [`Tensor::to_f32`] would give them; a vector is one row.
+    pub fn rows_to_f32(&self, rows: std::ops::Range<usize>) -> Vec<f32> {
+        let width = self.shape.last().copied().unwrap_or(1);
+        let bytes = width * self.dtype.size();
+        let mut values = numeric::widen(self.dtype, &self.bytes[rows.start * bytes..rows.end * bytes]);
+        if self.dtype == Dtype::I8 && width > 0 {
+            for (row, scale) in values.chunks_exact_mut(width).zip(&self.scales[rows]) {
+                row.iter_mut().for_each(|x| *x *= scale);
+            }
         }
         values
     }

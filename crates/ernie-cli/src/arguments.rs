@@ -1,7 +1,7 @@
 //! The command line as clap reads it; what each subcommand takes is declared in its own file.
 use clap::{Parser, Subcommand};
 
-use crate::{bench, chat, generate, inspect, logits, outcome, tokenize, train};
+use crate::{bench, chat, generate, inspect, logits, outcome, quantize, tokenize, train};
 
 /// Train, inspect and talk to ERNIE-4.5 language models
 #[derive(Debug, Parser)]
@@ -16,6 +16,7 @@ use crate::{bench, chat, generate, inspect, logits, outcome, tokenize, train};
         ernie chat                                        talk to the built-in model\n  \
         ernie generate \"Once upon a time\"                 continue a text\n  \
         ernie generate \"Once upon a time\" --seed 7        the same continuation each time\n  \
+        ernie quantize path/to/model path/to/int8         a quarter of the size, and faster\n  \
         ernie bench --model path/to/model                 how fast it is here\n  \
         ernie inspect path/to/model                       sizes, memory, and what is wrong with it\n  \
         ernie train recipes/nano.toml --data path/to/data train a model\n\n\
@@ -43,6 +44,7 @@ pub enum Command {
     Logits(logits::LogitsArguments),
     Inspect(inspect::InspectArguments),
     Tokenize(tokenize::TokenizeArguments),
+    Quantize(quantize::QuantizeArguments),
     Bench(bench::BenchArguments),
     Train(train::TrainArguments),
 }

@@ -135,11 +135,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         threads: model.threads(),
         prefill: Rate::of(prefills, pp as f64 / cost.prefill_seconds(&limits, pp)),
         decode: decode.collect(),
-        limits: LimitsOutput {
-            bandwidth_gb_s: limits.bandwidth_gb_s,
-            int8_gop_s: limits.int8_gop_s,
-            f32_gflop_s: limits.f32_gflop_s,
-        },
+        limits: LimitsOutput { bandwidth_gb_s: limits.bandwidth_gb_s, int8_gop_s: limits.int8_gop_s, f32_gflop_s: limits.f32_gflop_s },
         first_token_s,
         load_s,
         peak_rss_mib,

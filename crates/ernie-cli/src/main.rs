@@ -15,6 +15,7 @@ mod interrupt;
 mod logits;
 mod model;
 mod outcome;
+mod quantize;
 mod sampling;
 mod tokenize;
 mod train;
@@ -40,6 +41,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Logits(logits) => logits::run(logits),
         Command::Inspect(inspect) => inspect::run(inspect),
         Command::Tokenize(tokenize) => tokenize::run(tokenize),
+        Command::Quantize(quantize) => quantize::run(quantize),
         Command::Bench(bench) => bench::run(bench),
         Command::Train(train) => train::run(train),
     }

@@ -82,7 +82,7 @@ impl ModelArgument {
 }
 
 /// The first thing to get wrong, told before anything tries to read files.
-fn is_model_directory(dir: &Path) -> anyhow::Result<()> {
+pub fn is_model_directory(dir: &Path) -> anyhow::Result<()> {
     if !dir.is_dir() {
         let what = if dir.exists() { "is a file" } else { "does not exist" };
         anyhow::bail!("{} {what}; give the directory of a model, with config.json and *.safetensors in it", dir.display());

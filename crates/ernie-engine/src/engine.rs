@@ -143,8 +143,7 @@ impl Engine {
     /// [`Error::Parameter`] for an option that makes no sense; [`Error::OutOfMemory`].
     pub fn new(model: Arc<Model>, options: EngineOptions) -> Result<Self> {
         let config = model.config();
-        let per_block =
-            KvBlocks::bytes_per_block(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.kv_dtype());
+        let per_block = KvBlocks::bytes_per_block(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.kv_dtype());
         let max_len = if options.max_len == 0 { config.max_position_embeddings } else { options.max_len };
         if max_len > config.max_position_embeddings {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });

@@ -114,8 +114,7 @@ impl Model {
         let pool = Arc::new(Pool::new(threads));
         let (h, v) = (config.hidden_size, config.vocab_size);
         let load = Loader { checkpoint, dtype: options.dtype, pool: &pool };
-        let layers: Vec<Layer> =
-            (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
+        let layers: Vec<Layer> = (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
         let bytes = layers.first().is_some_and(|layer| layer.attention.qkv.is_int8());
         // The released dense code gives its head no bias.
         let head_bias = (config.use_bias && config.family == Family::Moe).then_some("lm_head.bias");

@@ -33,7 +33,10 @@ pub(crate) struct Moe {
 enum Experts {
     Float(Vec<(GateUp, Linear)>),
     /// All of them in two matrices, one expert's rows after the other's.
-    Int8 { gate_up: Matrix8, down: Matrix8 },
+    Int8 {
+        gate_up: Matrix8,
+        down: Matrix8,
+    },
 }
 
 impl Moe {

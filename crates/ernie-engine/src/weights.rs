@@ -320,7 +320,7 @@ impl Loader<'_> {
                     scales[row]
                 }
                 None => {
-                    let values = parts[part].tensor.row_to_f32(row);
+                    let values = parts[part].tensor.rows_to_f32(row..row + 1);
                     let (scale, _) = int8::quantise_row(bytemuck::cast_slice_mut(out), &values);
                     scale
                 }

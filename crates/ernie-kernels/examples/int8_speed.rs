@@ -31,6 +31,11 @@ fn main() {
             .collect();
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
-        println!("m {m:4}  {:8.3} ms  {:6.1} GB/s  {:7.0} Gop/s", median * 1e3, w.bytes() as f64 / median / 1e9, 2e-9 * (m * n * k) as f64 / median);
+        println!(
+            "m {m:4}  {:8.3} ms  {:6.1} GB/s  {:7.0} Gop/s",
+            median * 1e3,
+            w.bytes() as f64 / median / 1e9,
+            2e-9 * (m * n * k) as f64 / median
+        );
     }
 }

@@ -389,7 +389,14 @@ fn quantization(root: &Fields<'_>) -> Result<Option<Quantization>> {
     };
     for name in groups.map.keys() {
         let Some(group) = groups.section(name, "quantization_config.config_groups.*.")? else { continue };
-        group.only("input_activations", &[])?;
+        group.only("format", &[json!("int-quantized"), json!("naive-quantized")])?;
+        if let Some(activations) = group.section("input_activations", "quantization_config.config_groups.*.input_activations.")? {
+            required(&activations, "num_bits", &[json!(8)])?;
+            required(&activations, "type", &[json!("int")])?;
+            required(&activations, "strategy", &[json!("token")])?;
+            required(&activations, "dynamic", &[json!(true)])?;
+            activations.only("symmetric", &[json!(true)])?;
+        }
         group.only("output_activations", &[])?;
         let Some(weights) = group.section("weights", "quantization_config.config_groups.*.weights.")? else {
             return Err(group.error("weights", "an object", &Value::Null));

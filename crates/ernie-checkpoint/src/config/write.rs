@@ -144,30 +144,24 @@ fn write_rope(config: &Config, before: Option<&Config>, text: &mut Map<String, V
 }
 
 /// What [`crate::save`] writes as int8, in the fields of compressed-tensors' configs: all matrices, those of the
-/// embedding among them, as symmetric weights with one scale per output channel. The modules that are not quantised are
+/// embedding among them, as symmetric weights with one scale per output channel, and activations rounded
+/// per token as they come, which is what the engine computes with. The modules that are not quantised are
 /// named: the routers, and a tied head, which has no tensor of its own.
 pub(crate) fn int8_per_channel(tied: bool) -> Value {
     let mut ignore = vec!["re:.*mlp\\.gate$"];
     if tied {
         ignore.push("lm_head");
     }
+    let weights = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false});
+    let activations = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true});
+    // An embedding's input is ids, which are not rounded; without the format by its side it would be taken for a packed one.
     json!({
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear", "Embedding"],
-                "weights": {
-                    "num_bits": 8,
-                    "type": "int",
-                    "symmetric": true,
-                    "strategy": "channel",
-                    "dynamic": false,
-                },
-                "input_activations": null,
-                "output_activations": null,
-            },
+            "group_0": {"targets": ["Linear"], "format": "int-quantized", "weights": weights, "input_activations": activations, "output_activations": null},
+            "group_1": {"targets": ["Embedding"], "format": "int-quantized", "weights": weights, "input_activations": null, "output_activations": null},
         },
         "ignore": ignore,
     })

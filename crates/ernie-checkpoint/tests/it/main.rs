@@ -10,5 +10,6 @@ mod fixture;
 mod incomplete;
 mod mutation;
 mod paddle;
+mod quantizing;
 mod saving;
 mod tokenizer;

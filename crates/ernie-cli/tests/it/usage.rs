@@ -1,7 +1,7 @@
 //! Help, and command lines that are wrong.
 use crate::program::ernie;
 
-const COMMANDS: [&str; 7] = ["chat", "generate", "logits", "inspect", "tokenize", "bench", "train"];
+const COMMANDS: [&str; 8] = ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "train"];
 
 #[test]
 fn help_explains_every_command_with_examples() {
@@ -35,6 +35,7 @@ fn wrong_command_lines_exit_with_2_and_name_what_is_wrong() {
         (&["logits", "--ids", "3", "--last", "2"], "--last 2"),
         (&["logits"], "--ids"),
         (&["tokenize"], "TEXT"),
+        (&["quantize", "only-one"], "OUT"),
         (&["bench", "--batch", "0"], "--batch"),
         (&["bench", "--pp", "100000"], "--pp 100000"),
         (&["train"], "RECIPE"),

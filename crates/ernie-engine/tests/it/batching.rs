@@ -75,7 +75,8 @@ fn request(random: &mut Random, common: &[u32]) -> Request {
         let again = prompt.clone();
         prompt.extend(again);
     }
-    let base = SamplingParams { max_tokens: 1 + random.below(16), ignore_eos: true, seed: random.below(1000) as u64, ..SamplingParams::default() };
+    let base =
+        SamplingParams { max_tokens: 1 + random.below(16), ignore_eos: true, seed: random.below(1000) as u64, ..SamplingParams::default() };
     let params = match random.below(4) {
         0 | 1 => SamplingParams { temperature: 0.0, ..base },
         2 => SamplingParams { temperature: 0.8, top_p: 0.9, repetition_penalty: 1.2, ..base },

@@ -33,7 +33,8 @@ fn linear_equals_its_twin_and_never_depends_on_the_batch_or_the_threads() {
             assert_eq!(rows.dequantised(row), quantised[row * k..][..k]);
         }
         for with_bias in [false, true] {
-            let (w, _) = if with_bias { (w_with(&w, &bias, &pool, &values, n, k), ()) } else { (w_with(&w, &[], &pool, &values, n, k), ()) };
+            let (w, _) =
+                if with_bias { (w_with(&w, &bias, &pool, &values, n, k), ()) } else { (w_with(&w, &[], &pool, &values, n, k), ()) };
             let mut y = vec![0.0; m * n];
             linear(&pool, &mut y, &rows, &w, Into::Set);
             let expected = scalar::linear(&quantised, &values, with_bias.then_some(&bias[..]), n, k);
