@@ -8,7 +8,8 @@ fuzz_target!(|source: &str| {
     let Ok(template) = ChatTemplate::from_source(source) else { return };
     let special = SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), ..SpecialTokens::default() };
     let template = template.with_special_tokens(special);
-    let messages = [Message::new("system", "Be kind."), Message::new("user", "你好 {{ x }}"), Message::new("assistant", "<think>a</think>b")];
+    let messages =
+        [Message::new("system", "Be kind."), Message::new("user", "你好 {{ x }}"), Message::new("assistant", "<think>a</think>b")];
     let thinking = ChatTemplateOptions { enable_thinking: Some(true), ..ChatTemplateOptions::default() };
     // Two renderings, no more: a template may use up its steps or write its 64 MiB, seconds of work that are allowed.
     for (messages, options) in [(&messages[..0], &ChatTemplateOptions::default()), (&messages[..], &thinking)] {

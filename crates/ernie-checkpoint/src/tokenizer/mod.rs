@@ -102,8 +102,9 @@ impl Tokenizer {
     /// that the tokenizer's own rules put around a text are added (`post_processor`; `add_bos_token`, `add_eos_token`).
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         match &self.backend {
-            Backend::Json { tokenizer, .. } => library::encode(tokenizer, text, add_special)
-                .map_err(|reason| TokenizerError::Encode { path: self.origin.clone(), reason }),
+            Backend::Json { tokenizer, .. } => {
+                library::encode(tokenizer, text, add_special).map_err(|reason| TokenizerError::Encode { path: self.origin.clone(), reason })
+            }
             Backend::SentencePiece(backend) => Ok(self.encode_sentencepiece(backend, text.as_bytes(), add_special)),
         }
     }
