@@ -249,7 +249,8 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}").map(|length| start + length) else { break };
+        // Behind the whole of `{%`: the two share a character in `{%}`.
+        let Some(end) = rest[start + 2..].find("%}").map(|length| start + 2 + length) else { break };
         let tag = &rest[start + 2..end];
         let name = tag.trim_matches(['-', '+', ' ', '\t', '\n', '\r']);
         let replacement = match name {

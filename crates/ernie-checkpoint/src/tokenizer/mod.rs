@@ -1,6 +1,7 @@
 //! Text to token ids and back, from `tokenizer.json` or a SentencePiece `tokenizer.model`.
 
 mod error;
+mod library;
 mod special;
 mod stream;
 
@@ -80,7 +81,7 @@ impl Tokenizer {
     pub fn from_tokenizer_json(bytes: &[u8], origin: impl Into<PathBuf>) -> Result<Self, TokenizerError> {
         let origin = origin.into();
         let refuse = |reason: String| TokenizerError::TokenizerJson { path: origin.clone(), reason };
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| refuse(error.to_string()))?;
+        let mut tokenizer = library::read(bytes).map_err(refuse)?;
         tokenizer.with_truncation(None).map_err(|error| refuse(error.to_string()))?;
         tokenizer.with_padding(None);
         let streaming = JsonStreaming::of(&tokenizer);
@@ -101,10 +102,9 @@ impl Tokenizer {
     /// that the tokenizer's own rules put around a text are added (`post_processor`; `add_bos_token`, `add_eos_token`).
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         match &self.backend {
-            Backend::Json { tokenizer, .. } => match tokenizer.encode_fast(text, add_special) {
-                Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-                Err(error) => Err(TokenizerError::Encode { path: self.origin.clone(), reason: error.to_string() }),
-            },
+            Backend::Json { tokenizer, .. } => {
+                library::encode(tokenizer, text, add_special).map_err(|reason| TokenizerError::Encode { path: self.origin.clone(), reason })
+            }
             Backend::SentencePiece(backend) => Ok(self.encode_sentencepiece(backend, text.as_bytes(), add_special)),
         }
     }

@@ -2,7 +2,7 @@
 
 use tokenizers::DecoderWrapper;
 
-use super::{AddedToken, SentencePieceBackend};
+use super::{AddedToken, SentencePieceBackend, library};
 use crate::sentencepiece::RunDecoder;
 
 /// Decodes one id at a time. All that [`Self::push`] and [`Self::finish`] return, put together, is exactly what
@@ -75,8 +75,7 @@ impl<'a> SentencePieceStream<'a> {
 /// The whole text of `ids`. (Some decoders of the library cannot take an empty list of tokens, so it never gets one.)
 pub(super) fn decode_json(tokenizer: &tokenizers::Tokenizer, ids: &[u32], skip_special: bool) -> String {
     match ids.iter().any(|id| visible_token(tokenizer, *id, skip_special).is_some()) {
-        // The decoders of tokenizer.json fail on no token that its own vocabulary has.
-        true => tokenizer.decode(ids, skip_special).unwrap_or_default(),
+        true => library::decode(tokenizer, ids, skip_special),
         false => String::new(),
     }
 }

@@ -124,3 +124,11 @@ fn templates_are_confined() {
     }
     ChatTemplate::from_source(&"x".repeat(5 << 20)).expect_err("too large a template");
 }
+
+/// Found by fuzzing: the `%` of `{%}` is not the one of an end.
+#[test]
+fn an_opened_tag_does_not_end_itself() {
+    for source in ["{%}", "{%} endif %}", "a {%}", "{%%}", "{%-}{% generation %}", "{%}{% generation %}x{% endgeneration %}"] {
+        assert!(ChatTemplate::from_source(source).is_err(), "{source}");
+    }
+}

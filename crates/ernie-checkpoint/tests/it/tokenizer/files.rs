@@ -238,6 +238,34 @@ static STREAMED: LazyLock<Vec<(String, Tokenizer)>> = LazyLock::new(|| {
     all
 });
 
+/// The library panics on these (found by fuzzing): text that is no JSON inside a decoder, a normaliser's table that is none.
+#[test]
+fn files_on_which_the_library_panics_are_refused() {
+    let name = "json_byte_fallback.json";
+    let original = String::from_utf8(fixture(name)).expect("text");
+    let within = original.find("\"decoder\"").expect("a decoder") + 40;
+    let cut = [&original[..within], "{", &original[within..]].concat();
+    let mut fields: serde_json::Value = serde_json::from_str(&original).expect("JSON");
+    fields["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
+    for bad in [cut.as_str(), &original[..within], &fields.to_string()] {
+        let error = Tokenizer::from_tokenizer_json(bad.as_bytes(), name).expect_err("it was accepted");
+        assert!(matches!(error, TokenizerError::TokenizerJson { .. }) && error.to_string().contains(name), "{error}");
+    }
+}
+
+/// A decoder that takes more characters from a token's end than it has makes the library panic.
+#[test]
+fn a_decoder_that_takes_too_much_gives_no_text() {
+    let name = "json_byte_fallback.json";
+    let mut fields: serde_json::Value = serde_json::from_slice(&fixture(name)).expect("JSON");
+    fields["decoder"] = json!({"type": "Strip", "content": "e", "start": 0, "stop": 2});
+    let tokenizer = Tokenizer::from_tokenizer_json(fields.to_string().as_bytes(), name).expect("loads");
+    let e = tokenizer.piece_to_id("e").expect("a piece");
+    assert_eq!(tokenizer.decode(&[e], false), "");
+    let mut stream = tokenizer.decode_stream(false);
+    assert_eq!(stream.push(e) + &stream.finish(), "");
+}
+
 #[test]
 fn is_shared_between_threads() {
     fn shared<T: Send + Sync>(_: &T) {}
