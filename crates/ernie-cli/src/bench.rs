@@ -88,7 +88,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     let name = arguments.model.name();
     let (pp, tg) = (arguments.pp as usize, arguments.tg as usize);
     let most = arguments.model.config()?.max_position_embeddings;
-    if pp > most || tg + 1 > most {
+    if pp > most || tg + SHORT_PROMPT > most {
         return Err(outcome::usage(format!("--pp {pp}, --tg {tg}: {name} was made for at most {most} tokens")));
     }
     let pool = ernie_engine::Pool::new(rayon::current_num_threads());
@@ -127,7 +127,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     };
     let cost = Cost::of(&model);
     let decode = decodes.into_iter().map(|(batch, rates)| {
-        let limit = f64::from(batch) / cost.decode_seconds(&limits, batch as usize, tg as f64 / 2.0);
+        let limit = f64::from(batch) / cost.decode_seconds(&limits, batch as usize, SHORT_PROMPT as f64 + tg as f64 / 2.0);
         (batch, Rate::of(rates, limit))
     });
     let output = Output {
@@ -160,22 +160,25 @@ fn prefill(model: &Model, count: usize) -> anyhow::Result<f64> {
     Ok(began.elapsed().as_secs_f64())
 }
 
+/// Tokens of the prompts that are continued: short, so that it is generation that is measured.
+const SHORT_PROMPT: usize = 8;
+
 /// Seconds for `count` tokens for each of `batch` requests, from the second token on.
 fn decode(model: &Arc<Model>, batch: usize, count: usize) -> anyhow::Result<f64> {
     let options = EngineOptions {
         max_batch_size: batch,
-        token_budget: batch,
+        token_budget: batch * SHORT_PROMPT,
         drafts: DraftOptions { max_tokens: 0 },
         prefix_cache: false,
         // Room for all of them, so that nobody is put off.
         cache_bytes: usize::MAX,
-        max_len: count + 1,
+        max_len: count + SHORT_PROMPT,
         ..EngineOptions::default()
     };
     let mut engine = Engine::new(Arc::clone(model), options)?;
     for seed in 0..batch {
         let params = SamplingParams { max_tokens: count + 1, ignore_eos: true, ..SamplingParams::greedy() };
-        engine.submit(Request { prompt: tokens(model, 1, seed), params, logprobs: false })?;
+        engine.submit(Request { prompt: tokens(model, SHORT_PROMPT, seed), params, logprobs: false })?;
     }
     engine.step();
     let began = Instant::now();

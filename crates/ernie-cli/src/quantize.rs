@@ -32,6 +32,9 @@ pub struct QuantizeArguments {
     dir: PathBuf,
     /// Directory to write, made if missing
     out: PathBuf,
+    /// How weights and activations are rounded
+    #[arg(long, value_enum, default_value_t = Scheme::W8a8)]
+    scheme: Scheme,
     /// Replace a model that is in OUT already
     #[arg(long)]
     force: bool,
@@ -41,6 +44,13 @@ pub struct QuantizeArguments {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// Ways of rounding.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Scheme {
+    /// 8-bit weights with a scale per output channel, 8-bit activations with a scale per token
+    W8a8,
 }
 
 /// What `--json` prints.
@@ -56,7 +66,7 @@ struct Output<'a> {
 
 /// Runs the command.
 pub fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
-    let QuantizeArguments { dir, out, force, quiet, json } = arguments;
+    let QuantizeArguments { dir, out, scheme: Scheme::W8a8, force, quiet, json } = arguments;
     let interrupt = Interrupt::install()?;
     crate::model::is_model_directory(dir)?;
     if !force && out.join("config.json").exists() {

@@ -114,23 +114,26 @@ impl Model {
         let pool = Arc::new(Pool::new(threads));
         let (h, v) = (config.hidden_size, config.vocab_size);
         let load = Loader { checkpoint, dtype: options.dtype, pool: &pool };
-        let layers: Vec<Layer> = (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
-        let bytes = layers.first().is_some_and(|layer| layer.attention.qkv.is_int8());
         // The released dense code gives its head no bias.
         let head_bias = (config.use_bias && config.family == Family::Moe).then_some("lm_head.bias");
         // A tied head with a bias is a matrix of its own: an embedding has no bias.
         let own_head = !checkpoint.tied() || head_bias.is_some();
         let head = if checkpoint.tied() { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        // The largest matrices first: while one is copied its file's pages are in memory too, and later so is everything else.
+        let embed_vh = load.matrix("model.embed_tokens.weight", v, h, None)?;
+        let head_vh = own_head.then(|| load.matrix(head, v, h, head_bias)).transpose()?;
+        let layers: Vec<Layer> = (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
+        let bytes = layers.first().is_some_and(|layer| layer.attention.qkv.is_int8());
         // What is not kept must be sound all the same.
         for spec in config.tensor_specs().iter().filter(|spec| spec.group == TensorGroup::Mtp && checkpoint.contains(&spec.name)) {
             checkpoint.validate_numbers(&spec.name)?;
             checkpoint.release(&spec.name);
         }
         Ok(Model {
-            embed_vh: load.matrix("model.embed_tokens.weight", v, h, None)?,
+            embed_vh,
             layers,
             norm_h: load.f32("model.norm.weight", &[h])?,
-            head_vh: own_head.then(|| load.matrix(head, v, h, head_bias)).transpose()?,
+            head_vh,
             kv_dtype: options.kv_dtype.unwrap_or(if bytes { KvDtype::Bf16 } else { KvDtype::F32 }),
             config,
             pool,
