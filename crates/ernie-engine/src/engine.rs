@@ -166,13 +166,19 @@ impl Engine {
             prefix_cache: options.prefix_cache,
             max_len,
         })?;
+        let mut runner = Runner::new(&model, blocks)?;
+        // Lists of blocks grow while sequences do; up to a size that is not worth mentioning they need not.
+        let listed = options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)).min(1 << 16);
+        runner.work.spans.reserve(listed);
+        let mut plan = Plan::default();
+        plan.blocks.reserve(listed);
         Ok(Engine {
-            runner: Runner::new(&model, blocks)?,
+            runner,
             model,
             options,
             scheduler,
             requests: HashMap::new(),
-            plan: Plan::default(),
+            plan,
             events: Vec::new(),
             draft: Vec::new(),
             accepted: Vec::new(),

@@ -5,7 +5,7 @@
 //! computed beside it, nor on the instruction set.
 use std::ops::Range;
 
-use crate::arch::dot_i8::{self, PANEL, SUMS, TOKENS, Tokens, panels_at_once};
+use crate::arch::dot_i8::{self, Fetch, PANEL, SUMS, TOKENS, Tokens, panels_at_once};
 use crate::arch::exp::exp;
 use crate::arch::isa::{LANES, mul_add, simd_fn};
 use crate::arch::matrix::MatMut;
@@ -19,6 +19,11 @@ pub const MAX_K: usize = (1 << 31) / (255 * 127) - 1;
 
 /// Activations that stay in the second-level cache while a task's weights go by, in bytes.
 const BLOCK_BYTES: usize = 192 << 10;
+/// Rows up to which waiting for weights takes longer than computing: lower tiles then take more panels at once, for the processor reads several streams
+/// ahead of time better than two.
+const FEW: usize = 24;
+/// Blocks that rows are cut into at most.
+const MOST_BLOCKS: usize = 32;
 /// Weights of one task, in bytes.
 const TASK_BYTES: usize = 128 << 10;
 
@@ -226,12 +231,14 @@ pub enum Into {
 
 /// y = x·wᵀ for all rows of x and all of w: y `[rows, n]`, for [`Into::SwiGlu`] `[rows, n / 2]`.
 pub fn linear(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, into: Into) {
-    let rows = (BLOCK_BYTES / x.stride.max(1)).max(4 * TOKENS) / TOKENS * TOKENS;
-    let mut blocks = Groups::default();
-    for start in (0..x.rows).step_by(rows) {
-        blocks.push(start..(start + rows).min(x.rows), 0);
+    // On the stack: a decoding step comes here a hundred times.
+    let (mut rows, mut count) = ([const { 0..0 }; MOST_BLOCKS], 0);
+    let height = (BLOCK_BYTES / x.stride.max(1)).max(x.rows.div_ceil(MOST_BLOCKS)).max(4 * TOKENS).next_multiple_of(TOKENS);
+    for start in (0..x.rows).step_by(height) {
+        rows[count] = start..(start + height).min(x.rows);
+        count += 1;
     }
-    grouped(pool, y, x, w, w.n, &blocks, into);
+    blocks(pool, y, x, w, w.n, &rows[..count], &[0; MOST_BLOCKS][..count], into);
 }
 
 /// Groups of rows, each for the part of a matrix that starts at one of its rows. Kept and refilled from step to step.
@@ -261,17 +268,21 @@ impl Groups {
 /// # Panics
 /// If sizes do not fit, or groups overlap.
 pub fn grouped(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, groups: &Groups, into: Into) {
+    blocks(pool, y, x, w, n, &groups.rows, &groups.firsts, into);
+}
+
+#[allow(clippy::too_many_arguments)] // A product's operands, its parts, and what becomes of it.
+fn blocks(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, rows: &[Range<usize>], firsts: &[usize], into: Into) {
     let paired = into == Into::SwiGlu;
     assert!(x.k == w.k, "rows of {} elements times a matrix of {} columns", x.k, w.k);
     assert!(!paired || n.is_multiple_of(2 * PANEL), "gate and up alternate by whole panels");
-    assert!(groups.firsts.iter().all(|first| first + n <= w.scales.len()), "a group's part of the matrix");
+    assert!(firsts.iter().all(|first| first + n <= w.scales.len()), "a group's part of the matrix");
     let cols = if paired { n / 2 } else { n };
     let panel_bytes = w.words * 4 * PANEL;
     let panels = n.div_ceil(PANEL);
-    let at_least = (panels * groups.rows.len()).div_ceil(8 * pool.threads());
+    let at_least = (panels * rows.len()).div_ceil(8 * pool.threads());
     let per_task = (TASK_BYTES / panel_bytes).clamp(8, at_least.max(8)).next_multiple_of(8);
     let width = if paired { per_task / 2 * PANEL } else { per_task * PANEL };
-    let (rows, firsts) = (&groups.rows, &groups.firsts);
     pool.for_each_block(MatMut::new(y, x.rows, cols), rows, width, |group, col, mut block| {
         let first = firsts[group] / PANEL + if paired { 2 * col / PANEL } else { col / PANEL };
         let count = if paired { 2 * block.cols() / PANEL } else { block.cols().div_ceil(PANEL) };
@@ -282,21 +293,28 @@ pub fn grouped(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, gro
 /// One block of y: `rows` of x times the panels `panels`.
 fn task(y: &mut MatMut<'_>, x: &Rows8, rows: Range<usize>, w: &Matrix8, panels: Range<usize>, into: Into) {
     let mut sums = [0i32; SUMS];
-    let tiles = rows.len().div_ceil(TOKENS);
+    let tiles = rows.len().div_ceil(if rows.len() <= FEW { TOKENS / 2 } else { TOKENS });
     let paired = into == Into::SwiGlu;
     // The panels that the lowest tile takes at once stay in the first-level cache, or the second, while all tiles of tokens go by.
     let step = token_tiles(rows.clone(), tiles).last().map_or(1, |lowest| panels_at_once(lowest.len()));
+    let bytes = w.words * 4 * PANEL;
     for first in panels.clone().step_by(step) {
         let end = (first + step).min(panels.end);
-        for tokens in token_tiles(rows.clone(), tiles) {
+        for (tile, tokens) in token_tiles(rows.clone(), tiles).enumerate() {
             let own = panels_at_once(tokens.len());
             let at_once = if (end - first).is_multiple_of(own) { own } else { 1 };
             let unit = if paired { at_once.max(2) } else { at_once };
             for start in (first..end).step_by(unit) {
                 for panel in (start..start + unit).step_by(at_once) {
                     let part = &mut sums[(panel - start) * PANEL * TOKENS..];
-                    let weights = &w.memory.bytes()[panel * w.words * 4 * PANEL..];
-                    dot_i8::tile(part, x.tokens(tokens.clone()), weights, at_once, w.words);
+                    let weights = &w.memory.bytes()[panel * bytes..];
+                    // Memory is read all the time, not only while the first tile of tokens goes by: the others fetch what comes next.
+                    let fetch = match w.memory.bytes().get((end + tile) * bytes..) {
+                        _ if tiles == 1 || (first == panels.start && tile == 0) => Fetch::Own,
+                        Some(later) if tile < step && step == 2 => Fetch::Later(later),
+                        _ => Fetch::Nothing,
+                    };
+                    dot_i8::tile(part, x.tokens(tokens.clone()), weights, at_once, w.words, fetch);
                 }
                 let tile = Finish { sums: &sums, at_once, unit, tokens: tokens.clone(), panel: start };
                 finish(&tile, y, x, w, rows.start, panels.start, into);

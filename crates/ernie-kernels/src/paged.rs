@@ -217,6 +217,11 @@ impl Spans {
         self.span_of.clear();
     }
 
+    /// Takes memory for lists of so many blocks in all.
+    pub fn reserve(&mut self, blocks: usize) {
+        self.blocks.reserve(blocks);
+    }
+
     /// Adds `tokens` rows after those of the spans before, the first at position `start` of a sequence whose positions are in `blocks`.
     pub fn push(&mut self, tokens: usize, start: usize, blocks: &[u32]) {
         assert!(blocks.len() * BLOCK >= start + tokens, "{} blocks for {} positions", blocks.len(), start + tokens);

@@ -41,7 +41,7 @@ impl BlockPool {
             block_size,
             users: vec![0; count],
             free: (0..count as BlockId).rev().collect(),
-            found: HashMap::new(),
+            found: HashMap::with_capacity(count),
             keys: vec![None; count],
             tokens: vec![0; count * block_size],
             newer: vec![NONE; count],

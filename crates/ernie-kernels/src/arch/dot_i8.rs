@@ -35,9 +35,20 @@ pub fn panels_at_once(tokens: usize) -> usize {
     }
 }
 
+/// What is fetched into the caches while a tile is computed; a hint that instruction sets may ignore.
+#[derive(Clone, Copy)]
+pub enum Fetch<'a> {
+    /// The tile's own weights, a little ahead of where it stands: nobody has read them yet.
+    Own,
+    /// The weights of a later tile, as many words as this one has: its own are there already.
+    Later(&'a [u8]),
+    /// Nothing.
+    Nothing,
+}
+
 /// `sums[t, 16·p + r] = Σ q_x(t) · (q_w(16·p + r) + 128)` for `panels` panels, the rows of `sums` 16·`panels` long. `panels` is
 /// [`panels_at_once`] or 1; `weights` holds the panels one behind the other, `words` words of k in each.
-pub fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize) {
+pub fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize, fetch: Fetch<'_>) {
     let Tokens { bytes, stride, count } = x;
     assert!((1..=TOKENS).contains(&count) && (panels == 1 || panels == panels_at_once(count)), "a tile of {count} tokens, {panels} panels");
     assert!(bytes.len() >= (count - 1) * stride + words * 4, "tokens of the tile");
@@ -45,7 +56,7 @@ pub fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, word
     match level() {
         // SAFETY: `level` has found the features; the assertions keep every load and store inside.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Vnni => unsafe { avx512::tile(sums, x, weights, panels, words) },
+        Level::Avx512Vnni => unsafe { avx512::tile(sums, x, weights, panels, words, fetch) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::AvxVnni => unsafe { avx_vnni::tile(sums, x, weights, panels, words) },
@@ -95,41 +106,35 @@ fn level() -> Level {
     Level::Portable
 }
 
-/// Calls `$wide::<T, P>` for the shapes of tile there are.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-macro_rules! by_shape {
-    ($sums:ident, $x:ident, $weights:ident, $panels:ident, $words:ident, [$(($t:literal, $p:literal)),*]) => {
-        match ($x.count, $panels) {
-            $(
-                ($t, $p) => run::<$t, $p>($sums, $x, $weights, $words),
-                ($t, 1) => run::<$t, 1>($sums, $x, $weights, $words),
-            )*
-            _ => unreachable!("asserted by the caller"),
-        }
-    };
-}
-
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{PANEL, Tokens};
+    use super::{Fetch, PANEL, Tokens};
     use std::arch::x86_64::*;
 
-    /// How far ahead streams of weights are fetched: eight side by side are read faster than they arrive, two wait for the sums of many tokens.
-    const AHEAD: usize = 1024;
-    const FAR_AHEAD: usize = 4096;
+    /// Calls `run` for the shape of a tile.
+    macro_rules! by_shape {
+        ($arguments:tt, $count:expr, $panels:expr, [$(($t:literal, $p:literal)),*]) => {
+            match ($count, $panels) {
+                $(
+                    ($t, $p) => by_shape!(@call $t, $p, $arguments),
+                    ($t, 1) => by_shape!(@call $t, 1, $arguments),
+                )*
+                _ => unreachable!("asserted by the caller"),
+            }
+        };
+        (@call $t:literal, $p:literal, ($($argument:expr),*)) => { run::<$t, $p>($($argument),*) };
+    }
 
     /// # Safety
     /// The features; sizes as [`super::tile`] asserts them.
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,avx2,fma")]
-    pub unsafe fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize) {
+    pub unsafe fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize, fetch: Fetch<'_>) {
         // SAFETY: by the caller.
         unsafe {
             by_shape!(
-                sums,
-                x,
-                weights,
+                (sums, x, weights, words, fetch),
+                x.count,
                 panels,
-                words,
                 [(1, 8), (2, 8), (3, 8), (4, 4), (5, 4), (6, 4), (7, 2), (8, 2), (9, 2), (10, 2), (11, 2), (12, 2)]
             );
         }
@@ -137,19 +142,30 @@ mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,avx2,fma")]
-    unsafe fn run<const T: usize, const P: usize>(out: &mut [i32], x: Tokens<'_>, weights: &[u8], words: usize) {
+    unsafe fn run<const T: usize, const P: usize>(out: &mut [i32], x: Tokens<'_>, weights: &[u8], words: usize, fetch: Fetch<'_>) {
         let mut sums = [[_mm512_setzero_si512(); P]; T];
         let panel = words * 4 * PANEL;
         let (mut w, mut q) = (weights.as_ptr(), x.bytes.as_ptr());
+        // Each word fetches a line of every panel of its own, or one line of a later panel.
+        let (mut far, lines) = match fetch {
+            // The processor itself reads four streams and more ahead of time, and is slower if told to; of two it reads too little ahead.
+            Fetch::Own if P == 2 => (w.wrapping_add(P * panel), P),
+            Fetch::Own => (w, 0),
+            Fetch::Later(later) => (later.as_ptr(), 1),
+            Fetch::Nothing => (w, 0),
+        };
         for _ in 0..words {
             // SAFETY: word l of P panels and of T rows, all inside by the caller; a prefetch touches nothing the program can see.
             unsafe {
                 let mut ws = [_mm512_setzero_si512(); P];
                 for p in 0..P {
                     ws[p] = _mm512_loadu_si512(w.add(p * panel).cast());
-                    if T <= 8 {
-                        let ahead = if T <= 3 { AHEAD } else { FAR_AHEAD };
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * panel + ahead).cast());
+                }
+                if lines == 1 {
+                    _mm_prefetch::<_MM_HINT_T1>(far.cast());
+                } else if lines == P {
+                    for p in 0..P {
+                        _mm_prefetch::<_MM_HINT_T0>(far.wrapping_add(p * panel).cast());
                     }
                 }
                 for t in 0..T {
@@ -160,6 +176,7 @@ mod avx512 {
                 }
                 w = w.add(4 * PANEL);
                 q = q.add(4);
+                far = far.wrapping_add(4 * PANEL);
             }
         }
         for t in 0..T {
@@ -369,8 +386,11 @@ mod tests {
                         }
                     }
                     let mut sums = vec![-1; expected.len()];
-                    tile(&mut sums, x, &weights, panels, words);
-                    assert_eq!(sums, expected, "{:?}, {count} tokens, {panels} panels, {words} words", level());
+                    for fetch in [Fetch::Own, Fetch::Later(&weights), Fetch::Nothing] {
+                        sums.fill(-1);
+                        tile(&mut sums, x, &weights, panels, words, fetch);
+                        assert_eq!(sums, expected, "{:?}, {count} tokens, {panels} panels, {words} words", level());
+                    }
                     by_columns(&mut sums, x, &weights, panels, words);
                     assert_eq!(sums, expected, "portable");
                     #[cfg(target_arch = "x86_64")]

@@ -91,7 +91,7 @@ fn int8_loop(rounds: usize) -> f64 {
     let mut sums = [0i32; 24 * PANEL];
     let times = rounds / WORDS;
     for _ in 0..times {
-        dot_i8::tile(&mut sums, Tokens { bytes: &x, stride: 4 * WORDS, count: 12 }, &w, 2, WORDS);
+        dot_i8::tile(&mut sums, Tokens { bytes: &x, stride: 4 * WORDS, count: 12 }, &w, 2, WORDS, dot_i8::Fetch::Nothing);
         std::hint::black_box(&mut sums);
     }
     (times * 12 * 2 * PANEL * 4 * WORDS * 2) as f64
