@@ -4,6 +4,7 @@ mod generate;
 mod goldens;
 mod inspect;
 mod program;
+mod quantize;
 mod tiny_model;
 mod tokenize;
 mod train;
