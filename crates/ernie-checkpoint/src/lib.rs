@@ -32,6 +32,7 @@ pub use config::{Config, Family, HiddenAct, MlpKind, MoeConfig, ParameterCounts,
 pub use error::{Error, Result};
 pub use layout::Layout;
 pub use mapped::MappedFile;
+pub use numeric::quantise_row;
 pub use quantize::{QuantizeOptions, QuantizeProgress, QuantizeSummary, quantize};
 pub use save::{SaveDtype, SaveOptions, save};
 pub use sentencepiece::SentencePieceError;

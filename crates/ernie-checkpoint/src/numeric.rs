@@ -25,20 +25,27 @@ pub(crate) fn f32_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-/// Symmetric 8-bit quantisation with one scale per row, as compressed-tensors does it: scale = max|w| / 127,
-/// q = round-half-even(w / scale) in [-127, 127]. A row of zeros has scale 1.
-pub(crate) fn quantise_rows(values: &[f32], row: usize) -> (Vec<u8>, Vec<f32>) {
-    let mut quantised = Vec::with_capacity(values.len());
-    let mut scales = Vec::with_capacity(values.len() / row.max(1));
-    for row in values.chunks_exact(row.max(1)) {
-        let largest = row.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        let scale = largest / 127.0;
-        // The quotient of a denormal row could vanish; 1 then maps it to zeros.
-        let scale = if scale > 0.0 { scale } else { 1.0 };
-        scales.push(scale);
-        let quantise = |x: &f32| ((x / scale).round_ties_even().clamp(-127.0, 127.0) as i8).cast_unsigned();
-        quantised.extend(row.iter().map(quantise));
+/// Symmetric 8-bit quantisation of one row, as compressed-tensors does it: scale = max|w| / 127, q = round-half-even(w / scale) in \[-127, 127\]; returns
+/// the scale. A row of zeros has scale 1, one with something that is not finite NaN.
+pub fn quantise_row(values: &[f32], quantised: &mut [i8]) -> f32 {
+    if values.iter().any(|x| !x.is_finite()) {
+        quantised.fill(0);
+        return f32::NAN;
     }
+    let scale = values.iter().fold(0.0_f32, |m, x| m.max(x.abs())) / 127.0;
+    // The quotient of a denormal row could vanish; 1 then maps it to zeros.
+    let scale = if scale > 0.0 { scale } else { 1.0 };
+    for (q, x) in quantised.iter_mut().zip(values) {
+        *q = (x / scale).round_ties_even().clamp(-127.0, 127.0) as i8;
+    }
+    scale
+}
+
+/// [`quantise_row`] for each of many rows.
+pub(crate) fn quantise_rows(values: &[f32], row: usize) -> (Vec<u8>, Vec<f32>) {
+    let mut quantised = vec![0u8; values.len()];
+    let rows = values.chunks_exact(row.max(1)).zip(quantised.chunks_exact_mut(row.max(1)));
+    let scales = rows.map(|(values, quantised)| quantise_row(values, bytemuck::cast_slice_mut(quantised))).collect();
     (quantised, scales)
 }
 

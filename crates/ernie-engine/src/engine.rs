@@ -121,6 +121,9 @@ pub struct Engine {
     events: Vec<Event>,
     draft: Vec<u32>,
     accepted: Vec<u32>,
+    /// Rows of a step, and the tokens that followed them, for the prediction block.
+    rows: Vec<u32>,
+    next: Vec<u32>,
     next_id: u64,
     draft_stats: DraftStats,
 }
@@ -134,6 +137,8 @@ struct Active {
     logprobs: bool,
     sampler: Sampler,
     drafter: Drafter,
+    /// What the model's own prediction block guesses for the token after the next.
+    predicted: Option<u32>,
 }
 
 impl Engine {
@@ -143,7 +148,7 @@ impl Engine {
     /// [`Error::Parameter`] for an option that makes no sense; [`Error::OutOfMemory`].
     pub fn new(model: Arc<Model>, options: EngineOptions) -> Result<Self> {
         let config = model.config();
-        let per_block = KvBlocks::bytes_per_block(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.kv_dtype());
+        let per_block = KvBlocks::bytes_per_block(model.cache_layers(), config.num_key_value_heads, config.head_dim, model.kv_dtype());
         let max_len = if options.max_len == 0 { config.max_position_embeddings } else { options.max_len };
         if max_len > config.max_position_embeddings {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
@@ -157,6 +162,8 @@ impl Engine {
             let got = options.cache_bytes.to_string();
             return Err(Error::Parameter { field: "cache_bytes", expected: "room for at least one block of 32 positions", got });
         }
+        // First of all, for a cache that is too large must be refused before lists are made of its blocks.
+        let mut runner = Runner::new(&model, blocks)?;
         let scheduler = Scheduler::new(SchedulerOptions {
             block_size: BLOCK,
             blocks,
@@ -166,7 +173,6 @@ impl Engine {
             prefix_cache: options.prefix_cache,
             max_len,
         })?;
-        let mut runner = Runner::new(&model, blocks)?;
         // Lists of blocks grow while sequences do; up to a size that is not worth mentioning they need not.
         let listed = options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)).min(1 << 16);
         runner.work.spans.reserve(listed);
@@ -182,6 +188,8 @@ impl Engine {
             events: Vec::new(),
             draft: Vec::new(),
             accepted: Vec::new(),
+            rows: Vec::new(),
+            next: Vec::new(),
             next_id: 0,
             draft_stats: DraftStats::default(),
         })
@@ -210,7 +218,7 @@ impl Engine {
         self.scheduler.submit(id, request.prompt, request.params.max_tokens)?;
         self.next_id += 1;
         let (params, logprobs, drafter) = (request.params, request.logprobs, Drafter::new(self.options.drafts));
-        self.requests.insert(id, Active { prompt_tokens, output_tokens: 0, params, logprobs, sampler, drafter });
+        self.requests.insert(id, Active { prompt_tokens, output_tokens: 0, params, logprobs, sampler, drafter, predicted: None });
         Ok(id)
     }
 
@@ -258,6 +266,9 @@ impl Engine {
             self.choose(item.id, guesses, row, item.samples);
             row += item.samples;
         }
+        if self.model.predicts() && self.options.drafts.max_tokens > 0 {
+            self.predict(&plan);
+        }
         self.plan = plan;
         &self.events
     }
@@ -276,7 +287,48 @@ impl Engine {
             }
             let (Some(request), Some(tokens)) = (self.requests.get_mut(&id), self.scheduler.tokens(id)) else { continue };
             request.drafter.guess(tokens, most, &mut self.draft);
+            if self.draft.is_empty() {
+                self.draft.extend(request.predicted);
+            }
             self.scheduler.set_draft(id, &self.draft);
+        }
+    }
+
+    /// Lets the model's prediction block guess the token after the next of every sequence that got a token. The block has keys and values of its own for
+    /// every position, so it also follows prompts that are not done. At the end of a block of the cache it has seen the token that followed there,
+    /// which another text that shares the block need not have: such a guess may be worse, never wrong.
+    fn predict(&mut self, plan: &Plan) {
+        let work = &mut self.runner.work;
+        work.spans.clear();
+        work.wanted.clear();
+        self.rows.clear();
+        self.next.clear();
+        for item in &plan.items {
+            let Some(tokens) = self.scheduler.tokens(item.id) else { continue };
+            // Rows of guesses that were wrong are no part of the text.
+            let count = item.tokens.len().min(tokens.len() - 1 - item.start);
+            if count == 0 {
+                continue;
+            }
+            work.spans.push(count, item.start, &plan.blocks[item.blocks.clone()]);
+            self.rows.extend((item.tokens.start..item.tokens.start + count).map(|row| row as u32));
+            self.next.extend_from_slice(&tokens[item.start + 1..item.start + 1 + count]);
+            if item.samples > 0 {
+                work.wanted.push(self.rows.len() as u32 - 1);
+            }
+        }
+        if self.rows.is_empty() {
+            return;
+        }
+        self.runner.predict(&self.model, &self.rows, &self.next);
+        let vocab = self.model.config().vocab_size;
+        let items = plan.items.iter().filter(|item| item.samples > 0 && self.scheduler.tokens(item.id).is_some());
+        for (item, logits) in items.zip(self.runner.work.logits.chunks_exact(vocab)) {
+            let (max, _) = kernels::largest(logits);
+            let guess = kernels::first_equal(logits, max).map(|id| id as u32);
+            if let Some(request) = self.requests.get_mut(&item.id) {
+                request.predicted = guess;
+            }
         }
     }
 
@@ -317,7 +369,10 @@ impl Engine {
             }
         }
         let right = self.accepted.iter().zip(guesses).take_while(|(a, b)| a == b).count();
-        request.drafter.learn(guesses.len(), right);
+        // A guess of the prediction block is always one token long.
+        if request.predicted.is_none() || guesses.len() > 1 {
+            request.drafter.learn(guesses.len(), right);
+        }
         self.draft_stats.guessed += guesses.len() as u64;
         self.draft_stats.right += right as u64;
         self.scheduler.commit(id, &self.accepted, finish.is_some());

@@ -50,6 +50,18 @@ pub struct Model {
     norm_h: Vec<f32>,
     /// `None` if tied: then the embedding is the head.
     head_vh: Option<Linear>,
+    /// Present in some checkpoints: guesses the token after the next.
+    mtp: Option<Mtp>,
+}
+
+/// The multi-token-prediction block: its norms and projection, and a dense layer. Final norm and head are the model's.
+#[derive(Debug)]
+struct Mtp {
+    emb_norm_h: Vec<f32>,
+    hidden_norm_h: Vec<f32>,
+    /// `[h, 2h]`.
+    proj: Linear,
+    layer: Layer,
 }
 
 #[derive(Debug)]
@@ -81,7 +93,7 @@ pub(crate) struct SwiGlu {
 }
 
 impl Model {
-    /// Loads a checkpoint with its matrices as they are stored. Multi-token-prediction weights are checked but not kept.
+    /// Loads a checkpoint with its matrices as they are stored.
     ///
     /// # Errors
     /// Whatever is wrong with the checkpoint, with its file and tensor; [`Error::Unsupported`] for a vision-language one.
@@ -122,22 +134,39 @@ impl Model {
         // The largest matrices first: while one is copied its file's pages are in memory too, and later so is everything else.
         let embed_vh = load.matrix("model.embed_tokens.weight", v, h, None)?;
         let head_vh = own_head.then(|| load.matrix(head, v, h, head_bias)).transpose()?;
-        let layers: Vec<Layer> = (0..config.num_hidden_layers).map(|layer| Layer::load(&load, &config, layer)).collect::<Result<_>>()?;
+        let layers: Vec<Layer> = (0..config.num_hidden_layers)
+            .map(|layer| Layer::load(&load, &config, &format!("model.layers.{layer}"), config.is_moe_layer(layer)))
+            .collect::<Result<_>>()?;
         let bytes = layers.first().is_some_and(|layer| layer.attention.qkv.is_int8());
-        // What is not kept must be sound all the same.
+        let mtp = checkpoint.contains("model.mtp_block.0.input_layernorm.weight").then(|| Mtp::load(&load, &config)).transpose()?;
+        // What is not kept must be sound all the same: the blocks for tokens further ahead.
+        let further = |name: &str| mtp.is_none() || !name.split('.').any(|part| part == "0");
         for spec in config.tensor_specs().iter().filter(|spec| spec.group == TensorGroup::Mtp && checkpoint.contains(&spec.name)) {
-            checkpoint.validate_numbers(&spec.name)?;
-            checkpoint.release(&spec.name);
+            if further(&spec.name) {
+                checkpoint.validate_numbers(&spec.name)?;
+                checkpoint.release(&spec.name);
+            }
         }
         Ok(Model {
             embed_vh,
             layers,
             norm_h: load.f32("model.norm.weight", &[h])?,
             head_vh,
+            mtp,
             kv_dtype: options.kv_dtype.unwrap_or(if bytes { KvDtype::Bf16 } else { KvDtype::F32 }),
             config,
             pool,
         })
+    }
+
+    /// Layers that have keys and values: those of the network, and the multi-token-prediction block.
+    pub(crate) fn cache_layers(&self) -> usize {
+        self.layers.len() + usize::from(self.mtp.is_some())
+    }
+
+    /// Whether the checkpoint has a block that guesses the token after the next.
+    pub fn predicts(&self) -> bool {
+        self.mtp.is_some()
     }
 
     /// The model's sizes and constants.
@@ -188,30 +217,68 @@ impl Model {
     /// New tokens through all layers, their keys and values stored in the cache: `work.x_th` is then their state before the final norm.
     /// `work.spans` says where each stands.
     pub(crate) fn forward(&self, ids: &[u32], kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {
-        let (h, t, pool) = (self.config.hidden_size, ids.len(), &*self.pool);
+        let (h, t) = (self.config.hidden_size, ids.len());
         work.x_th.resize(t * h, 0.0);
         for (x_h, &id) in work.x_th.chunks_exact_mut(h).zip(ids) {
             self.embed_vh.copy_row(id as usize, x_h);
         }
         work.normed_th.resize(t * h, 0.0);
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.attention.forward(pool, &self.config, index, &layer.input_norm_h, kv, rope, work);
-            let Workspace { x_th, normed_th, inner_ti, both, rows, moe, .. } = work;
-            let eps = self.config.rms_norm_eps as f32;
-            match &layer.mlp {
-                Mlp::Dense(mlp) => {
-                    normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, mlp.is_int8());
-                    mlp.add_to(pool, x_th, normed_th, inner_ti, both, rows);
-                }
-                Mlp::Moe(routed) => {
-                    normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, routed.is_int8());
-                    routed.forward(pool, x_th, Input { values: normed_th, rows }, moe);
-                    if let Some(shared) = &routed.shared {
-                        shared.add_to(pool, x_th, normed_th, inner_ti, both, rows);
-                    }
+            self.layer(index, layer, kv, rope, work);
+        }
+    }
+
+    /// One layer: `work.x_th` before and after; its keys and values are those of layer `index` of the cache.
+    fn layer(&self, index: usize, layer: &Layer, kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {
+        let pool = &*self.pool;
+        layer.attention.forward(pool, &self.config, index, &layer.input_norm_h, kv, rope, work);
+        let Workspace { x_th, normed_th, inner_ti, both, rows, moe, .. } = work;
+        let eps = self.config.rms_norm_eps as f32;
+        match &layer.mlp {
+            Mlp::Dense(mlp) => {
+                normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, mlp.is_int8());
+                mlp.add_to(pool, x_th, normed_th, inner_ti, both, rows);
+            }
+            Mlp::Moe(routed) => {
+                normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, routed.is_int8());
+                routed.forward(pool, x_th, Input { values: normed_th, rows }, moe);
+                if let Some(shared) = &routed.shared {
+                    shared.add_to(pool, x_th, normed_th, inner_ti, both, rows);
                 }
             }
         }
+    }
+
+    /// The multi-token-prediction block over some rows of `work.x_th`, as [`Model::forward`] left them, each with the token that follows it:
+    /// x = W·\[norm_e(embed(next)), norm_h(norm(x))\], then one layer. `work.x_th` is then the state from which [`Model::logits`] tells the token after
+    /// the next. `work.spans` says where the rows stand; their keys and values go to the last layer of the cache.
+    pub(crate) fn predict(&self, rows_of: &[u32], next: &[u32], kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {
+        let Some(mtp) = &self.mtp else { return };
+        let (h, eps, pool) = (self.config.hidden_size, self.config.rms_norm_eps as f32, &*self.pool);
+        let Workspace { x_th, normed_th, inner_ti, both, rows, .. } = work;
+        let t = next.len();
+        // Two halves: embeddings of the next tokens, states after the final norm; then each with its own norm, side by side.
+        inner_ti.resize(2 * t * h, 0.0);
+        let (embedded, states) = inner_ti.split_at_mut(t * h);
+        for (((embedded, state), &row), &next) in embedded.chunks_exact_mut(h).zip(states.chunks_exact_mut(h)).zip(rows_of).zip(next) {
+            self.embed_vh.copy_row(next as usize, embedded);
+            state.copy_from_slice(&x_th[row as usize * h..][..h]);
+        }
+        normed_th.resize(t * h, 0.0);
+        int8::norm(pool, normed_th, states, &self.norm_h, eps);
+        both.resize(2 * t * h, 0.0);
+        int8::norm(pool, states, normed_th, &mtp.hidden_norm_h, eps);
+        int8::norm(pool, normed_th, embedded, &mtp.emb_norm_h, eps);
+        for (joined, (embedded, state)) in both.chunks_exact_mut(2 * h).zip(normed_th.chunks_exact(h).zip(states.chunks_exact(h))) {
+            joined[..h].copy_from_slice(embedded);
+            joined[h..].copy_from_slice(state);
+        }
+        if mtp.proj.is_int8() {
+            rows.quantise(pool, both, 2 * h);
+        }
+        x_th.resize(t * h, 0.0);
+        mtp.proj.forward(pool, x_th, Input { values: both, rows }, false);
+        self.layer(self.layers.len(), &mtp.layer, kv, rope, work);
     }
 
     /// Logits of the rows in `work.wanted` of `work.x_th`: `[wanted, v]` in `work.logits`.
@@ -239,15 +306,27 @@ fn normalise(pool: &Pool, normed_th: &mut [f32], rows: &mut Rows8, x_th: &[f32],
     }
 }
 
+impl Mtp {
+    fn load(load: &Loader<'_>, config: &Config) -> Result<Self> {
+        let h = config.hidden_size;
+        Ok(Mtp {
+            emb_norm_h: load.f32("model.mtp_emb_norm.0.weight", &[h])?,
+            hidden_norm_h: load.f32("model.mtp_hidden_norm.0.weight", &[h])?,
+            proj: load.linear(&[("model.mtp_linear_proj.0".to_owned(), h)], 2 * h, config.use_bias)?,
+            layer: Layer::load(load, config, "model.mtp_block.0", false)?,
+        })
+    }
+}
+
 impl Layer {
-    fn load(load: &Loader<'_>, config: &Config, index: usize) -> Result<Self> {
-        let (prefix, h) = (format!("model.layers.{index}"), config.hidden_size);
+    fn load(load: &Loader<'_>, config: &Config, prefix: &str, routed: bool) -> Result<Self> {
+        let h = config.hidden_size;
         let mlp = format!("{prefix}.mlp");
         Ok(Layer {
             input_norm_h: load.f32(&format!("{prefix}.input_layernorm.weight"), &[h])?,
             attention: Attention::load(load, config, &format!("{prefix}.self_attn"))?,
             post_norm_h: load.f32(&format!("{prefix}.post_attention_layernorm.weight"), &[h])?,
-            mlp: if config.is_moe_layer(index) {
+            mlp: if routed {
                 Mlp::Moe(Moe::load(load, config, &mlp)?)
             } else {
                 Mlp::Dense(SwiGlu::load(load, &mlp, h, config.intermediate_size, config.use_bias)?)

@@ -61,7 +61,7 @@ impl Runner {
     /// With a cache of `blocks` blocks of 32 positions.
     pub fn new(model: &Model, blocks: usize) -> Result<Self> {
         let (config, dtype) = (model.config(), model.kv_dtype());
-        let (layers, heads, d) = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim);
+        let (layers, heads, d) = (model.cache_layers(), config.num_key_value_heads, config.head_dim);
         let bytes = KvBlocks::bytes_per_block(layers, heads, d, dtype).saturating_mul(blocks);
         let kv = KvBlocks::new(layers, blocks, heads, d, dtype).map_err(|_| Error::OutOfMemory { positions: blocks * BLOCK, bytes })?;
         Ok(Runner { kv, rope: RopeTable::new(config.rope_theta, d, 0), work: Workspace::default() })
@@ -75,6 +75,13 @@ impl Runner {
             self.rope = RopeTable::new(model.config().rope_theta, model.config().head_dim, positions);
         }
         model.forward(ids, &mut self.kv, &self.rope, &mut self.work);
+        model.logits(&mut self.work);
+    }
+
+    /// Guesses after [`Runner::step`]: rows of that step, the tokens that followed them, and in `work.spans` where they stand. Then `work.logits` are those
+    /// of the token after the next, for the rows in `work.wanted`, which count among these rows.
+    pub fn predict(&mut self, model: &Model, rows: &[u32], next: &[u32]) {
+        model.predict(rows, next, &mut self.kv, &self.rope, &mut self.work);
         model.logits(&mut self.work);
     }
 }

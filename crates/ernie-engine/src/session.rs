@@ -122,6 +122,32 @@ impl<'m> Session<'m> {
         Ok(logits)
     }
 
+    /// Appends tokens; returns the logits of the checkpoint's multi-token-prediction block, `[tokens − 1, vocab]`: row j, at its position and told the token
+    /// that follows, scores the token after that. `None` if the checkpoint has no such block. For an empty session.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`]; [`Error::Parameter`] if the session has tokens or fewer than two are given.
+    pub fn logits_ahead(&mut self, ids: &[u32]) -> Result<Option<Vec<f32>>> {
+        self.check_room(ids)?;
+        if !self.is_empty() || ids.len() < 2 {
+            let got = format!("{} after {}", ids.len(), self.len());
+            return Err(Error::Parameter { field: "ids", expected: "at least two tokens for an empty session", got });
+        }
+        if !self.model.predicts() {
+            return Ok(None);
+        }
+        self.step(ids, 1);
+        let count = ids.len() - 1;
+        let work = &mut self.runner.work;
+        work.spans.clear();
+        work.spans.push(count, 0, &self.blocks[..count.div_ceil(BLOCK)]);
+        work.wanted.clear();
+        work.wanted.extend(0..count as u32);
+        let rows: Vec<u32> = (0..count as u32).collect();
+        self.runner.predict(self.model, &rows, &ids[1..]);
+        Ok(Some(self.runner.work.logits.clone()))
+    }
+
     fn check_room(&self, ids: &[u32]) -> Result<()> {
         self.model.check_ids(ids)?;
         let needed = self.len() + ids.len();

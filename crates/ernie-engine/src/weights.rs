@@ -321,8 +321,7 @@ impl Loader<'_> {
                 }
                 None => {
                     let values = parts[part].tensor.rows_to_f32(row..row + 1);
-                    let (scale, _) = int8::quantise_row(bytemuck::cast_slice_mut(out), &values);
-                    scale
+                    ernie_checkpoint::quantise_row(&values, out)
                 }
             }
         };

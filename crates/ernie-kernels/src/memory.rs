@@ -3,7 +3,7 @@
 //! Two cores read 28 GB/s from pages of 4 KiB and 33 GB/s from pages of 2 MiB, and filling memory faults once per page.
 
 use bytemuck::{Pod, Zeroable};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 
 /// From this size on memory is mapped, and huge pages asked for.
 const MAPPED_BYTES: usize = 1 << 20;
@@ -40,7 +40,8 @@ impl Memory {
             lines.resize(bytes / 64, Line([0; 64]));
             return Ok(Memory(Kind::Lines(lines)));
         }
-        let map = MmapMut::map_anon(bytes)?;
+        // Not reserved: a cache for the longest context is mostly never written.
+        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
         // Only a wish: systems without huge pages answer with an error.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);

@@ -327,11 +327,9 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, keys: Keys<'_>, start: usize, group:
             let height = range.len();
             let panel = &packed[tile_index * ROWS * d..][..ROWS * d];
             scores_of(&mut MatMut::corner(&mut scores, BLOCK, height, BLOCK), panel, k, d);
-            for (i, row) in range.clone().enumerate() {
-                let scores = &mut scores[i * BLOCK..][..BLOCK];
-                softmax(scores, seen(row), &mut maxima[row], &mut sums[row], &mut values[row * width..][..width]);
-            }
+            let seen_by: [usize; ROWS] = std::array::from_fn(|i| seen((range.start + i).min(range.end - 1)));
             let values = &mut values[range.start * width..range.end * width];
+            softmax(&mut scores, &seen_by, &mut maxima[range.clone()], &mut sums[range.clone()], values, width);
             for (column, v) in v.chunks_exact(BLOCK * COLS).enumerate() {
                 let mut c = MatMut::new(values, height, width);
                 let mut c = c.block(0..height, column * COLS..(column + 1) * COLS);
@@ -387,27 +385,37 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 simd_fn! {
-    /// One row's scores become weights against the largest score so far; what was summed before is brought to the same base.
-    fn softmax<FMA>(scores: &mut [f32], seen: usize, max: &mut f32, sum: &mut f32, values: &mut [f32]) {
-        let scores: &mut [f32; BLOCK] = scores.try_into().expect("a block of scores");
-        for (i, score) in scores.iter_mut().enumerate() {
-            *score = if i < seen { *score } else { f32::NEG_INFINITY };
-        }
-        let most = halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, larger), larger), larger), larger), larger)[0];
-        if most > *max {
-            let shrink = exp::<FMA>(*max - most);
-            *sum *= shrink;
-            for value in values.iter_mut() {
-                *value *= shrink;
-            }
-            *max = most;
-        }
-        for (i, score) in scores.iter_mut().enumerate() {
-            let weight = exp::<FMA>(*score - *max);
-            *score = if i < seen { weight } else { 0.0 };
-        }
+    /// The scores of a tile's rows become weights against each row's largest score so far; what was summed before is brought to the same base. Row by row
+    /// for itself, all in one call: a call for each took twice as long.
+    fn softmax<FMA>(scores: &mut [f32], seen: &[usize; ROWS], maxima: &mut [f32], sums: &mut [f32], values: &mut [f32], width: usize) {
         let add = |a: f32, b: f32| a + b;
-        *sum += halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, add), add), add), add), add)[0];
+        let rows = scores.chunks_exact_mut(BLOCK).zip(maxima).zip(sums).zip(values.chunks_exact_mut(width)).zip(seen);
+        for ((((scores, max), sum), values), &seen) in rows {
+            let scores: &mut [f32; BLOCK] = scores.try_into().expect("a block of scores");
+            if seen < BLOCK {
+                for (i, score) in scores.iter_mut().enumerate() {
+                    *score = if i < seen { *score } else { f32::NEG_INFINITY };
+                }
+            }
+            let most = halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, larger), larger), larger), larger), larger)[0];
+            if most > *max {
+                let shrink = exp::<FMA>(*max - most);
+                *sum *= shrink;
+                for value in values.iter_mut() {
+                    *value *= shrink;
+                }
+                *max = most;
+            }
+            for score in scores.iter_mut() {
+                *score = exp::<FMA>(*score - *max);
+            }
+            if seen < BLOCK {
+                for (i, score) in scores.iter_mut().enumerate() {
+                    *score = if i < seen { *score } else { 0.0 };
+                }
+            }
+            *sum += halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, add), add), add), add), add)[0];
+        }
     }
 }
 

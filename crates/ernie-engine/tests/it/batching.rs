@@ -85,8 +85,8 @@ fn request(random: &mut Random, common: &[u32]) -> Request {
     Request { prompt, params, logprobs: true }
 }
 
-/// 240 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
-/// threads; dense and routed models, every form of weights and cache.
+/// 280 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
+/// threads; dense and routed models, one with a prediction block, every form of weights and cache.
 #[test]
 fn every_request_gets_the_same_bits_as_alone() {
     let forms = [
@@ -96,6 +96,7 @@ fn every_request_gets_the_same_bits_as_alone() {
         ("moe_bias_mqa", WeightDtype::Int8, KvDtype::F32),
         ("moe_k6", WeightDtype::Bf16, KvDtype::Bf16),
         ("moe_odd", WeightDtype::Int8, KvDtype::Bf16),
+        ("moe_mtp", WeightDtype::F32, KvDtype::F32),
     ];
     let (mut preempted, mut found, mut right) = (0, 0, 0);
     for (form, (name, dtype, kv_dtype)) in forms.into_iter().enumerate() {
@@ -106,7 +107,8 @@ fn every_request_gets_the_same_bits_as_alone() {
             let common: Vec<u32> = (0..40).map(|_| 1 + random.below(90) as u32).collect();
             let per_block = {
                 let config = models[0].config();
-                let (layers, heads, d) = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim);
+                let (layers, heads, d) =
+                    (config.num_hidden_layers + usize::from(models[0].predicts()), config.num_key_value_heads, config.head_dim);
                 ernie_kernels::paged::KvBlocks::bytes_per_block(layers, heads, d, kv_dtype)
             };
             let options = EngineOptions {

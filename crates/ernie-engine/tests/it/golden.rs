@@ -15,6 +15,8 @@ pub struct Golden {
     pub ids: Vec<Vec<u32>>,
     /// Logits of each of them: `[tokens, vocab]`.
     pub logits: Vec<Vec<f32>>,
+    /// Logits of the token after the next, `[tokens − 1, vocab]` each; empty for a model that has no block for them.
+    pub mtp_logits: Vec<Vec<f32>>,
     pub prompt: Vec<u32>,
     /// What greedy decoding appends to `prompt`.
     pub greedy: Vec<u32>,
@@ -50,11 +52,16 @@ impl Golden {
         let ids: Vec<Vec<u32>> = expected["ids"].as_array().unwrap().iter().map(numbers).collect();
         let bytes = std::fs::read(values.join("golden.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
-        let logits: Vec<f32> =
-            file.tensor("logits").unwrap().data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let values = |name: &str| -> Vec<f32> {
+            let tensor = file.tensor(name).ok();
+            let bytes = tensor.as_ref().map_or(&[][..], |tensor| tensor.data());
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        let (logits, mtp_logits) = (values("logits"), values("mtp_logits"));
         Golden {
             name: dir.file_name().unwrap().to_str().unwrap().to_owned(),
             logits: logits.chunks_exact(logits.len() / ids.len()).map(<[f32]>::to_vec).collect(),
+            mtp_logits: mtp_logits.chunks_exact((mtp_logits.len() / ids.len()).max(1)).map(<[f32]>::to_vec).collect(),
             ids,
             prompt: numbers(&expected["greedy"]["prompt"]),
             greedy: numbers(&expected["greedy"]["tokens"]),

@@ -39,6 +39,21 @@ fn greedy_tokens_equal_those_of_transformers() {
 }
 
 #[test]
+fn logits_of_the_token_after_the_next_equal_the_references() {
+    let golden = Golden::named("moe_mtp");
+    let model = golden.model(WeightDtype::Auto);
+    assert!(model.predicts() && golden.mtp_logits.len() == golden.ids.len());
+    for (ids, expected) in golden.ids.iter().zip(&golden.mtp_logits) {
+        // The reference stops one token earlier: its last row has no target.
+        let logits = Session::new(&model, ids.len()).unwrap().logits_ahead(ids).unwrap().unwrap();
+        let worst = max_difference(&logits[..expected.len()], expected);
+        assert!(worst <= 1e-4, "logits differ by {worst}");
+    }
+    let other = Golden::named("dense_tied").model(WeightDtype::Auto);
+    assert_eq!(Session::new(&other, 8).unwrap().logits_ahead(&[1, 2, 3]).unwrap(), None);
+}
+
+#[test]
 fn no_cut_of_the_tokens_changes_a_bit() {
     for golden in Golden::all() {
         let model = golden.model(WeightDtype::Auto);
