@@ -81,8 +81,8 @@ struct Attention {
 
 #[derive(Debug)]
 enum Mlp {
-    Dense(SwiGlu),
-    Moe(Moe),
+    Dense(Box<SwiGlu>),
+    Moe(Box<Moe>),
 }
 
 /// down(silu(gate x) · (up x)).
@@ -327,9 +327,9 @@ impl Layer {
             attention: Attention::load(load, config, &format!("{prefix}.self_attn"))?,
             post_norm_h: load.f32(&format!("{prefix}.post_attention_layernorm.weight"), &[h])?,
             mlp: if routed {
-                Mlp::Moe(Moe::load(load, config, &mlp)?)
+                Mlp::Moe(Box::new(Moe::load(load, config, &mlp)?))
             } else {
-                Mlp::Dense(SwiGlu::load(load, &mlp, h, config.intermediate_size, config.use_bias)?)
+                Mlp::Dense(Box::new(SwiGlu::load(load, &mlp, h, config.intermediate_size, config.use_bias)?))
             },
         })
     }

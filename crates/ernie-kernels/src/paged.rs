@@ -248,7 +248,8 @@ impl Spans {
 
     fn cut(&mut self, group: usize) {
         let step = (TASK_ROWS / group).max(1);
-        (self.rows.clear(), self.span_of.clear());
+        self.rows.clear();
+        self.span_of.clear();
         for (index, span) in self.spans.iter().enumerate() {
             for first in span.rows.clone().step_by(step) {
                 self.rows.push(first..(first + step).min(span.rows.end));
