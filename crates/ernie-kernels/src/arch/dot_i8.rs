@@ -53,6 +53,8 @@ pub fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, word
     assert!((1..=TOKENS).contains(&count) && (panels == 1 || panels == panels_at_once(count)), "a tile of {count} tokens, {panels} panels");
     assert!(bytes.len() >= (count - 1) * stride + words * 4, "tokens of the tile");
     assert!(weights.len() >= panels * words * 4 * PANEL && sums.len() >= count * panels * PANEL, "weights and sums of the tile");
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = fetch; // Only AVX-512 takes the hint.
     match level() {
         // SAFETY: `level` has found the features; the assertions keep every load and store inside.
         #[cfg(target_arch = "x86_64")]
