@@ -88,7 +88,7 @@ impl Checkpoint {
         self.weights.files.iter().map(|file| file.len() as u64).sum()
     }
 
-    /// Hugging Face names of the tensors, sorted. Scales of int8 weights belong to their weights.
+    /// Hugging Face names of the tensors, sorted. What belongs to quantised weights, scales and shapes, has no name of its own.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.table.sources.keys().map(String::as_str)
     }
@@ -105,21 +105,21 @@ impl Checkpoint {
 
     /// A tensor's element type as stored, without reading it.
     pub fn dtype(&self, name: &str) -> Option<crate::Dtype> {
-        self.table.sources.get(name).map(|source| self.weights.stored[source.stored].entry.dtype)
+        self.table.sources.get(name).map(|source| source.dtype)
     }
 
     /// A tensor by its Hugging Face name. Borrowed from the file where it is stored so; split and transposed here, one
     /// copy, where the `-Paddle` layout stores it otherwise.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`]; [`Error::Scale`] for int8 scales that are not positive and finite.
+    /// [`Error::NoSuchTensor`]; [`Error::Scale`] for scales that are not positive and finite.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         let Some(source) = self.table.sources.get(name) else {
             return Err(Error::NoSuchTensor { file: self.weights.origin.clone(), tensor: name.into() });
         };
         let stored = &self.weights.stored[source.stored];
         let bytes = self.weights.bytes(stored);
-        let dtype = stored.entry.dtype;
+        let dtype = source.dtype;
         let bytes = match source.transform.apply(bytes, dtype, &stored.entry.shape) {
             None => Cow::Borrowed(bytes),
             Some(copy) => Cow::Owned(copy),
@@ -140,12 +140,17 @@ impl Checkpoint {
         }
     }
 
-    /// The scales of int8 tensor `name`, checked to be positive and finite.
+    /// The scales of quantised tensor `name`, checked to be positive and finite.
     pub(crate) fn scales(&self, name: &str, scale: usize) -> Result<Vec<f32>> {
         let stored = &self.weights.stored[scale];
         let scales = numeric::widen(stored.entry.dtype, self.weights.bytes(stored));
         match scales.iter().position(|s| !(s.is_finite() && *s > 0.0)) {
             None => Ok(scales),
+            Some(at) if self.dtype(name) == Some(crate::Dtype::I4) => Err(Error::Packed {
+                file: self.weights.path(stored).to_owned(),
+                tensor: name.to_owned(),
+                problem: format!("expected positive finite scales, got {} at {at}", scales[at]),
+            }),
             Some(row) => Err(Error::Scale {
                 file: self.weights.path(stored).to_owned(),
                 tensor: name.to_owned(),

@@ -293,6 +293,27 @@ pub enum Error {
         /// The weights file or index.
         file: PathBuf,
     },
+    /// Rows that cannot be cut into groups of this size.
+    #[error(
+        "{}: tensor `{tensor}`: rows of {columns} cannot be cut into groups of {group}; groups of 32, 64 or 128 that divide them are possible, or 8 bits",
+        file.display()
+    )]
+    GroupSize {
+        /// The weights file or index.
+        file: PathBuf,
+        /// The first such tensor.
+        tensor: String,
+        /// Elements of its rows.
+        columns: usize,
+        /// The size asked for.
+        group: usize,
+    },
+    /// A scheme for routed experts, and a model without.
+    #[error("{}: this model has no routed experts, which alone would be rounded to 4 bits; quantize it to 8", file.display())]
+    NoExperts {
+        /// The weights file or index.
+        file: PathBuf,
+    },
     /// Not enough room for what would be written.
     #[error("{}: {needed} bytes are needed on this disk and {free} are free; make room or choose another", dir.display())]
     DiskFull {
@@ -316,6 +337,16 @@ pub enum Error {
         rows: usize,
         /// What was found instead.
         got: String,
+    },
+    /// A packed 4-bit weight whose parts do not fit together.
+    #[error("{}: 4-bit tensor `{tensor}`: {problem}", file.display())]
+    Packed {
+        /// The file.
+        file: PathBuf,
+        /// The packed tensor or the weight it stands for.
+        tensor: String,
+        /// What was expected and what came.
+        problem: String,
     },
     /// A name that no tensor of this checkpoint has.
     #[error("{}: there is no tensor `{tensor}`", file.display())]

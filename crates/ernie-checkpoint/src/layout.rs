@@ -9,6 +9,7 @@ use std::path::Path;
 
 use crate::config::{Config, Family};
 use crate::error::{Error, Result};
+use crate::packed;
 use crate::shards::{Stored, Weights};
 use crate::tensor::Dtype;
 
@@ -40,7 +41,9 @@ pub(crate) struct Source {
     /// Shape in Hugging Face orientation.
     pub(crate) shape: Vec<usize>,
     pub(crate) transform: Transform,
-    /// Index into [`Weights::stored`] of an I8 tensor's scales.
+    /// Type of the elements: the stored one, but [`Dtype::I4`] for packed integers.
+    pub(crate) dtype: Dtype,
+    /// Index into [`Weights::stored`] of the scales of I8 and I4.
     pub(crate) scale: Option<usize>,
 }
 
@@ -49,12 +52,15 @@ pub(crate) struct Source {
 pub(crate) struct Table {
     pub(crate) layout: Layout,
     pub(crate) sources: BTreeMap<String, Source>,
-    /// Indices into [`Weights::stored`]: scales without a weight.
+    /// Indices into [`Weights::stored`]: scales and shapes without a weight.
     pub(crate) orphans: Vec<usize>,
 }
 
 /// Ending of a scale's name; its weight has `weight` instead.
 pub(crate) const SCALE_SUFFIX: &str = ".weight_scale";
+/// Endings of the names of 4-bit weights and of the shapes that they have unpacked.
+pub(crate) const PACKED_SUFFIX: &str = ".weight_packed";
+pub(crate) const SHAPE_SUFFIX: &str = ".weight_shape";
 
 pub(crate) fn table(weights: &Weights, config: &Config) -> Result<Table> {
     let paddle = weights.stored.iter().any(|s| {
@@ -63,19 +69,33 @@ pub(crate) fn table(weights: &Weights, config: &Config) -> Result<Table> {
     });
     let layout = if paddle { Layout::Paddle } else { Layout::HuggingFace };
     let mut sources = BTreeMap::new();
-    let mut scales = BTreeMap::new();
+    let (mut scales, mut shapes) = (BTreeMap::new(), BTreeMap::new());
     for (index, stored) in weights.stored.iter().enumerate() {
         let name = &stored.entry.name;
         if let Some(stem) = name.strip_suffix(SCALE_SUFFIX) {
             scales.insert(format!("{stem}.weight"), index);
             continue;
         }
-        let parts = match layout {
-            Layout::HuggingFace => vec![hugging_face(released_name(name), &stored.entry.shape)],
-            Layout::Paddle => from_paddle(weights.path(stored), stored, config)?,
+        if let Some(stem) = name.strip_suffix(SHAPE_SUFFIX) {
+            shapes.insert(format!("{stem}.weight"), index);
+            continue;
+        }
+        let mut dtype = stored.entry.dtype;
+        let parts = match (layout, name.strip_suffix(PACKED_SUFFIX)) {
+            (Layout::HuggingFace, Some(stem)) => {
+                let shape = packed::unpacked_shape(weights, stored)?;
+                dtype = Dtype::I4;
+                vec![(format!("{stem}.weight"), shape, Transform::None)]
+            }
+            _ if matches!(dtype, Dtype::I32 | Dtype::I64) => {
+                let (file, tensor) = (weights.path(stored).to_owned(), name.clone());
+                return Err(Error::UnsupportedDtype { file, tensor, expected: "F32, BF16, F16 or I8", got: dtype.to_string() });
+            }
+            (Layout::HuggingFace, None) => vec![hugging_face(released_name(name), &stored.entry.shape)],
+            (Layout::Paddle, _) => from_paddle(weights.path(stored), stored, config)?,
         };
         for (name, shape, transform) in parts {
-            let source = Source { stored: index, shape, transform, scale: None };
+            let source = Source { stored: index, shape, transform, dtype, scale: None };
             if let Some(first) = sources.insert(name.clone(), source) {
                 let file = weights.path(stored).to_owned();
                 let first = weights.path(&weights.stored[first.stored]).to_owned();
@@ -86,14 +106,14 @@ pub(crate) fn table(weights: &Weights, config: &Config) -> Result<Table> {
     for (name, source) in &mut sources {
         let scale = scales.remove(name);
         let stored = &weights.stored[source.stored];
-        if stored.entry.dtype == Dtype::I8 {
-            source.scale = Some(scale_of(weights, stored, name, layout, scale)?);
-        } else {
+        match source.dtype {
+            Dtype::I8 => source.scale = Some(scale_of(weights, stored, name, layout, scale)?),
+            Dtype::I4 => source.scale = Some(packed::scale_of(weights, source, name, scale, shapes.remove(name))?),
             // A scale beside a float weight would be ignored in silence; it is reported as surplus.
-            scales.extend(scale.map(|index| (name.clone(), index)));
+            _ => scales.extend(scale.map(|index| (name.clone(), index))),
         }
     }
-    Ok(Table { layout, sources, orphans: scales.into_values().collect() })
+    Ok(Table { layout, sources, orphans: scales.into_values().chain(shapes.into_values()).collect() })
 }
 
 type Part = (String, Vec<usize>, Transform);
@@ -189,7 +209,7 @@ fn scale_of(weights: &Weights, stored: &Stored, name: &str, layout: Layout, scal
     let Some(index) = scale else { return Err(error("it is missing".into())) };
     let found = &weights.stored[index].entry;
     let per_row = found.shape == [rows, 1] || found.shape == [rows];
-    if !per_row || found.dtype == Dtype::I8 {
+    if !per_row || !found.dtype.is_float() {
         return Err(error(format!("its shape is {:?}, its dtype {}", found.shape, found.dtype)));
     }
     Ok(index)

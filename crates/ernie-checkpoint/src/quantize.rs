@@ -1,4 +1,4 @@
-//! From a checkpoint to the same one in 8 bits, tensor by tensor: the whole is never in memory.
+//! From a checkpoint to the same one in 8 bits, its experts perhaps in 4, tensor by tensor: the whole is never in memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -12,11 +12,12 @@ use crate::atomic::AtomicFile;
 use crate::checkpoint::Checkpoint;
 use crate::commit::{self, COMPANIONS, Staged};
 use crate::config::Quantization;
-use crate::config::write::int8_per_channel;
+use crate::config::write::compressed_tensors;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::layout::SCALE_SUFFIX;
+use crate::layout::{PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX};
 use crate::numeric;
+use crate::packed::PER_WORD;
 use crate::save;
 use crate::shards::{INDEX, SINGLE};
 use crate::specs::{TensorGroup, TensorRole, TensorSpec};
@@ -28,17 +29,32 @@ const CHUNK: usize = 1 << 20;
 /// Bytes that must be free beside the files themselves.
 const SPARE_BYTES: u64 = 16 << 20;
 
+/// How weights are rounded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum QuantizeScheme {
+    /// Every projection, the embedding and the head: symmetric int8 with one scale per output channel.
+    #[default]
+    W8a8,
+    /// The same, but routed experts: symmetric 4-bit integers with one bf16 scale for each `group` inputs of an output channel.
+    W4a8 {
+        /// Inputs that share a scale: 32, 64 or 128.
+        group: usize,
+    },
+}
+
 /// How to write.
 #[derive(Debug, Clone, Copy)]
 pub struct QuantizeOptions {
+    /// How weights are rounded.
+    pub scheme: QuantizeScheme,
     /// A shard is closed before it would grow beyond this many data bytes.
     pub max_shard_bytes: u64,
 }
 
 impl Default for QuantizeOptions {
-    /// Shards of at most 4 GiB.
+    /// 8 bits, shards of at most 4 GiB.
     fn default() -> Self {
-        Self { max_shard_bytes: 4 << 30 }
+        Self { scheme: QuantizeScheme::default(), max_shard_bytes: 4 << 30 }
     }
 }
 
@@ -66,14 +82,13 @@ pub struct QuantizeSummary {
     pub relative_errors: BTreeMap<&'static str, f64>,
 }
 
-/// Writes `source` into `out` (made if missing) with every projection, the embedding and the head as symmetric int8 with one scale per output channel,
-/// activations to be rounded per token when they come, in the compressed-tensors convention; norms, biases and routers are f32. Tokenizer and template
-/// are copied from `dir`, if given. Until everything is durable `out` is as it was, then all files take their places together.
+/// Writes `source` into `out` (made if missing) with its matrices rounded as `options.scheme` says, activations to be rounded to 8 bits per token when they
+/// come, in the compressed-tensors convention; norms, biases and routers are f32. Tokenizer and template are copied from `dir`, if given. Until everything is durable `out` is as it was, then all files take their places together.
 ///
 /// `on_progress` is called between pieces of tensors and can end it: then nothing is written and the result is `None`.
 ///
 /// # Errors
-/// [`Error::AlreadyQuantised`]; [`Error::DiskFull`], before anything is written; what is wrong with the source ([`Checkpoint::validate`]); [`Error::Io`].
+/// [`Error::AlreadyQuantised`]; [`Error::GroupSize`] where rows of experts cannot be cut so; [`Error::DiskFull`], before anything is written; what is wrong with the source ([`Checkpoint::validate`]); [`Error::Io`].
 pub fn quantize(
     source: &Checkpoint,
     dir: Option<&Path>,
@@ -86,13 +101,26 @@ pub fn quantize(
     }
     source.validate_structure()?;
     let specs: Vec<TensorSpec> = source.config().tensor_specs().into_iter().filter(|spec| source.contains(&spec.name)).collect();
-    let shards = plan(&specs, options.max_shard_bytes);
+    let scheme = options.scheme;
+    let form = |spec: &TensorSpec| Form::of(spec, scheme);
+    if let QuantizeScheme::W4a8 { group } = scheme {
+        let unfit = |spec: &&TensorSpec| form(spec) == Form::Int4 { group } && !columns(spec).is_multiple_of(group);
+        let expected = ![32, 64, 128].contains(&group);
+        if let Some(spec) = specs.iter().find(|spec| expected || unfit(spec)) {
+            let file = source.origin().to_owned();
+            return Err(Error::GroupSize { file, tensor: spec.name.clone(), columns: columns(spec), group });
+        }
+        if !specs.iter().any(|spec| form(spec) == Form::Int4 { group }) {
+            return Err(Error::NoExperts { file: source.origin().to_owned() });
+        }
+    }
+    let shards = plan(&specs, scheme, options.max_shard_bytes);
     let bytes: u64 = shards.iter().map(|shard| shard.bytes).sum();
     std::fs::create_dir_all(out).map_err(Error::io(out, "create"))?;
     drop(commit::finish_and_lock(out)?);
     check_space(out, bytes + SPARE_BYTES)?;
 
-    let mut state = State { done: 0, total: specs.iter().map(elements).sum(), on_progress, errors: HashMap::new() };
+    let mut state = State { scheme, done: 0, total: specs.iter().map(elements).sum(), on_progress, errors: HashMap::new() };
     let mut staged = Staged::new(out);
     let mut weight_map = BTreeMap::new();
     for (index, shard) in shards.iter().enumerate() {
@@ -111,10 +139,14 @@ pub fn quantize(
         copy_companions(&mut staged, dir, out)?;
     }
     let mut config = source.config().clone();
-    config.quantization = Some(Quantization::Int8PerChannel);
+    let quantization = match scheme {
+        QuantizeScheme::W8a8 => Quantization::Int8PerChannel,
+        QuantizeScheme::W4a8 { group } => Quantization::Int4Experts { group },
+    };
+    config.quantization = Some(quantization);
     let mut json = config.to_json();
     if let Value::Object(json) = &mut json {
-        json.insert("quantization_config".into(), int8_per_channel(config.tie_word_embeddings));
+        json.insert("quantization_config".into(), compressed_tensors(quantization, config.tie_word_embeddings));
     }
     save::set_dtype(&mut json, save::SaveDtype::Int8PerChannel);
     stage_json(&mut staged, out, "config.json", &json)?;
@@ -128,8 +160,27 @@ fn elements(spec: &TensorSpec) -> u64 {
     spec.shape.iter().map(|&n| n as u64).product()
 }
 
-fn is_large(spec: &TensorSpec) -> bool {
-    matches!(spec.role, TensorRole::Projection | TensorRole::Embedding)
+/// Length of a row.
+fn columns(spec: &TensorSpec) -> usize {
+    spec.shape.last().copied().unwrap_or(1).max(1)
+}
+
+/// What a tensor becomes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    F32,
+    Int8,
+    Int4 { group: usize },
+}
+
+impl Form {
+    fn of(spec: &TensorSpec, scheme: QuantizeScheme) -> Self {
+        match (spec.role, scheme) {
+            (TensorRole::Projection, QuantizeScheme::W4a8 { group }) if spec.group == TensorGroup::RoutedExpert => Form::Int4 { group },
+            (TensorRole::Projection | TensorRole::Embedding, _) => Form::Int8,
+            _ => Form::F32,
+        }
+    }
 }
 
 /// What an error is counted under.
@@ -147,7 +198,7 @@ fn kind(spec: &TensorSpec) -> &'static str {
 
 /// One file to be written.
 struct Shard<'a> {
-    specs: Vec<&'a TensorSpec>,
+    specs: Vec<(&'a TensorSpec, Form)>,
     bytes: u64,
 }
 
@@ -161,36 +212,46 @@ struct Entry {
 
 impl Shard<'_> {
     fn entries(&self) -> impl Iterator<Item = Entry> {
-        self.specs.iter().flat_map(|spec| entries(spec))
+        self.specs.iter().flat_map(|&(spec, form)| entries(spec, form))
     }
 }
 
-/// A tensor as it is written: bytes and scales, or f32.
-fn entries(spec: &TensorSpec) -> Vec<Entry> {
+/// A tensor as it is written: f32, bytes and scales, or packed integers, scales and a shape.
+fn entries(spec: &TensorSpec, form: Form) -> Vec<Entry> {
     let count = elements(spec);
-    if !is_large(spec) {
-        return vec![Entry { name: spec.name.clone(), dtype: Dtype::F32, shape: spec.shape.clone(), bytes: count * 4 }];
+    let (rows, columns) = (spec.shape[0], columns(spec));
+    let stem = spec.name.strip_suffix(".weight").unwrap_or(&spec.name);
+    let entry = |name: String, dtype: Dtype, shape: Vec<usize>| {
+        let bytes = shape.iter().product::<usize>() * dtype.size();
+        Entry { name, dtype, shape, bytes: bytes as u64 }
+    };
+    match form {
+        Form::F32 => vec![Entry { name: spec.name.clone(), dtype: Dtype::F32, shape: spec.shape.clone(), bytes: count * 4 }],
+        Form::Int8 => vec![
+            Entry { name: spec.name.clone(), dtype: Dtype::I8, shape: spec.shape.clone(), bytes: count },
+            entry(format!("{stem}{SCALE_SUFFIX}"), Dtype::F32, vec![rows, 1]),
+        ],
+        Form::Int4 { group } => vec![
+            entry(format!("{stem}{PACKED_SUFFIX}"), Dtype::I32, vec![rows, columns / PER_WORD]),
+            entry(format!("{stem}{SCALE_SUFFIX}"), Dtype::Bf16, vec![rows, columns / group]),
+            entry(format!("{stem}{SHAPE_SUFFIX}"), Dtype::I64, vec![2]),
+        ],
     }
-    let rows = spec.shape[0];
-    let scale = format!("{}{SCALE_SUFFIX}", spec.name.strip_suffix(".weight").unwrap_or(&spec.name));
-    vec![
-        Entry { name: spec.name.clone(), dtype: Dtype::I8, shape: spec.shape.clone(), bytes: count },
-        Entry { name: scale, dtype: Dtype::F32, shape: vec![rows, 1], bytes: rows as u64 * 4 },
-    ]
 }
 
-fn plan(specs: &[TensorSpec], max_bytes: u64) -> Vec<Shard<'_>> {
+fn plan(specs: &[TensorSpec], scheme: QuantizeScheme, max_bytes: u64) -> Vec<Shard<'_>> {
     let mut shards = vec![Shard { specs: Vec::new(), bytes: 0 }];
     // What stays f32 first: then every f32 tensor of the file is aligned but scales behind rows of odd length, which are read element by element.
-    let (large, small): (Vec<_>, Vec<_>) = specs.iter().partition(|spec| is_large(spec));
-    for spec in small.into_iter().chain(large) {
-        let bytes: u64 = entries(spec).iter().map(|entry| entry.bytes).sum();
+    let (small, large): (Vec<_>, Vec<_>) =
+        specs.iter().map(|spec| (spec, Form::of(spec, scheme))).partition(|(_, form)| *form == Form::F32);
+    for (spec, form) in small.into_iter().chain(large) {
+        let bytes: u64 = entries(spec, form).iter().map(|entry| entry.bytes).sum();
         let full = shards.last().is_some_and(|shard| !shard.specs.is_empty() && shard.bytes + bytes > max_bytes);
         if full {
             shards.push(Shard { specs: Vec::new(), bytes: 0 });
         }
         if let Some(shard) = shards.last_mut() {
-            shard.specs.push(spec);
+            shard.specs.push((spec, form));
             shard.bytes += bytes;
         }
     }
@@ -198,6 +259,7 @@ fn plan(specs: &[TensorSpec], max_bytes: u64) -> Vec<Shard<'_>> {
 }
 
 struct State<'a> {
+    scheme: QuantizeScheme,
     done: u64,
     total: u64,
     on_progress: &'a mut dyn FnMut(QuantizeProgress<'_>) -> ControlFlow<()>,
@@ -219,7 +281,7 @@ impl State<'_> {
         let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io(path, "write"));
         write(&(header.len() as u64).to_le_bytes())?;
         write(&header)?;
-        for spec in &shard.specs {
+        for &(spec, _) in &shard.specs {
             if self.write_tensor(source, spec, &mut write)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
@@ -234,7 +296,7 @@ impl State<'_> {
         write: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<ControlFlow<()>> {
         let tensor = source.tensor(&spec.name)?;
-        let width = spec.shape.last().copied().unwrap_or(1).max(1);
+        let (width, form) = (columns(spec), Form::of(spec, self.scheme));
         let rows = tensor.len() / width;
         let mut scales = Vec::new();
         let errors = self.errors.entry(kind(spec)).or_default();
@@ -249,28 +311,45 @@ impl State<'_> {
                 let (file, tensor, value) = (source.origin().to_owned(), spec.name.clone(), values[at]);
                 return Err(Error::NonFinite { file, tensor, at: first * width + at, value });
             }
-            if is_large(spec) {
-                let (bytes, own) = numeric::quantise_rows(&values, width);
-                for ((values, bytes), scale) in values.chunks_exact(width).zip(bytes.chunks_exact(width)).zip(&own) {
-                    let rounded = |q: u8| f32::from(q.cast_signed()) * scale;
-                    let error: f32 = values.iter().zip(bytes).map(|(w, &q)| (w - rounded(q)).powi(2)).sum();
-                    errors.0 += f64::from(error);
-                    errors.1 += f64::from(values.iter().map(|w| w * w).sum::<f32>());
+            match form {
+                Form::F32 => write(&numeric::f32_bytes(&values))?,
+                Form::Int8 => {
+                    let (bytes, own) = numeric::quantise_rows(&values, width);
+                    count_errors(errors, &values, &bytes, &own, width);
+                    write(&bytes)?;
+                    scales.extend(own);
                 }
-                write(&bytes)?;
-                scales.extend(own);
-            } else {
-                write(&numeric::f32_bytes(&values))?;
+                Form::Int4 { group } => {
+                    let (bytes, own) = numeric::quantise_groups(&values, group);
+                    count_errors(errors, &values, &bytes, &own, group);
+                    write(&numeric::pack_halves(&bytes))?;
+                    scales.extend(own);
+                }
             }
             self.done += values.len() as u64;
         }
-        if !is_large(spec) {
-            self.errors.remove(kind(spec));
+        match form {
+            Form::F32 => drop(self.errors.remove(kind(spec))),
+            Form::Int8 => write(&numeric::f32_bytes(&scales))?,
+            Form::Int4 { .. } => {
+                // Exact: they were rounded to bf16 before the weights were divided by them.
+                write(&numeric::bf16_bytes(&scales))?;
+                write(&[rows as i64, width as i64].map(i64::to_le_bytes).concat())?;
+            }
         }
-        write(&numeric::f32_bytes(&scales))?;
         drop(tensor);
         source.release(&spec.name);
         Ok(ControlFlow::Continue(()))
+    }
+}
+
+/// Adds Σ (w − q·s)² and Σ w², each scale for `group` values.
+fn count_errors(errors: &mut (f64, f64), values: &[f32], quantised: &[u8], scales: &[f32], group: usize) {
+    for ((values, quantised), scale) in values.chunks_exact(group).zip(quantised.chunks_exact(group)).zip(scales) {
+        let rounded = |q: u8| f32::from(q.cast_signed()) * scale;
+        let error: f32 = values.iter().zip(quantised).map(|(w, &q)| (w - rounded(q)).powi(2)).sum();
+        errors.0 += f64::from(error);
+        errors.1 += f64::from(values.iter().map(|w| w * w).sum::<f32>());
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::commit::{self, Staged};
-use crate::config::{Config, Quantization, write::int8_per_channel};
+use crate::config::{Config, Quantization, write::compressed_tensors};
 use crate::error::{Error, Result};
 use crate::layout::SCALE_SUFFIX;
 use crate::numeric;
@@ -90,7 +90,7 @@ pub fn save<'a>(
     let mut config = config.to_json();
     if let (SaveDtype::Int8PerChannel, Value::Object(config)) = (options.dtype, &mut config) {
         // Also where the config was quantised before: another program may have left out other modules.
-        config.insert("quantization_config".into(), int8_per_channel(tied));
+        config.insert("quantization_config".into(), compressed_tensors(Quantization::Int8PerChannel, tied));
     }
     set_dtype(&mut config, options.dtype);
     writer.finish(&config)

@@ -19,12 +19,18 @@ pub enum Dtype {
     F16,
     /// Signed byte, to be multiplied by its row's scale.
     I8,
+    /// Signed 4-bit integer, to be multiplied by its group's scale. Eight are stored in each [`Dtype::I32`] of a tensor `…weight_packed`.
+    I4,
+    /// 32-bit integer: only as what [`Dtype::I4`] is stored in.
+    I32,
+    /// 64-bit integer: only as the shape of a packed tensor.
+    I64,
 }
 
 impl Dtype {
     /// The type with this name in a safetensors header.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        [Self::F32, Self::Bf16, Self::F16, Self::I8].into_iter().find(|dtype| dtype.name() == name)
+        [Self::F32, Self::Bf16, Self::F16, Self::I8, Self::I32, Self::I64].into_iter().find(|dtype| dtype.name() == name)
     }
 
     /// Its name in a safetensors header.
@@ -34,16 +40,36 @@ impl Dtype {
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
             Self::I8 => "I8",
+            Self::I4 => "I4",
+            Self::I32 => "I32",
+            Self::I64 => "I64",
         }
     }
 
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
+    /// Bits of one element.
+    pub fn bits(self) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
-            Self::I8 => 1,
+            Self::I64 => 64,
+            Self::F32 | Self::I32 => 32,
+            Self::Bf16 | Self::F16 => 16,
+            Self::I8 => 8,
+            Self::I4 => 4,
         }
+    }
+
+    /// Bytes of one element that is stored by itself: all but [`Dtype::I4`], of which two make a byte.
+    pub(crate) fn size(self) -> usize {
+        self.bits().div_ceil(8)
+    }
+
+    /// Whether elements are floating-point numbers.
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::Bf16 | Self::F16)
+    }
+
+    /// Whether elements are integers with scales.
+    pub fn is_quantised(self) -> bool {
+        matches!(self, Self::I8 | Self::I4)
     }
 }
 
@@ -64,19 +90,30 @@ pub struct Tensor<'a> {
     /// Shape in Hugging Face orientation.
     pub shape: Vec<usize>,
     pub(crate) bytes: Cow<'a, [u8]>,
-    /// One per row, exactly for [`Dtype::I8`].
+    /// One per row for [`Dtype::I8`], one per group, `[rows, groups]`, for [`Dtype::I4`], none for the others.
     pub(crate) scales: Vec<f32>,
 }
 
+/// 4-bit elements: `weight[r, c] = (q[r, c] − 8) · scale[r, c / group]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Int4<'a> {
+    /// q, two to a byte, the first in its low half: `[rows, columns / 2]`.
+    pub bytes: &'a [u8],
+    /// `[rows, columns / group]`.
+    pub scales: &'a [f32],
+    /// Elements of a row that share a scale.
+    pub group: usize,
+}
+
 impl Tensor<'_> {
-    /// The stored elements, little-endian; for I8 without their scales.
+    /// The stored elements, little-endian; for I8 and I4 without their scales.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
 
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.bytes.len() / self.dtype.size()
+        self.bytes.len() * 8 / self.dtype.bits()
     }
 
     /// Whether there are no elements.
@@ -102,33 +139,45 @@ impl Tensor<'_> {
         (self.dtype == Dtype::I8).then(|| (bytemuck::cast_slice(&self.bytes), self.scales.as_slice()))
     }
 
-    /// All elements in f32: exact for every float type; for I8, q · scale of the row.
+    /// The 4-bit elements with the scales of their groups, where they are stored so.
+    pub fn as_int4(&self) -> Option<Int4<'_>> {
+        (self.dtype == Dtype::I4).then(|| Int4 { bytes: &self.bytes, scales: &self.scales, group: self.group() })
+    }
+
+    /// Elements that share a scale.
+    fn group(&self) -> usize {
+        self.len() / self.scales.len().max(1)
+    }
+
+    /// All elements in f32: exact for every float type; for I8 and I4, q · scale of the row or group.
     ///
     /// # Errors
     /// None at present: [`crate::Checkpoint::tensor`] has checked lengths and scales. The type leaves room for formats
     /// that are decoded here.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let mut values = numeric::widen(self.dtype, &self.bytes);
-        if self.dtype == Dtype::I8 && !values.is_empty() {
-            let row = values.len() / self.scales.len();
-            for (row, scale) in values.chunks_exact_mut(row).zip(&self.scales) {
-                row.iter_mut().for_each(|x| *x *= scale);
-            }
-        }
+        self.scale(&mut values, 0);
         Ok(values)
     }
 
     /// Rows `rows` of a matrix in f32, as [`Tensor::to_f32`] would give them; a vector is one row.
     pub fn rows_to_f32(&self, rows: std::ops::Range<usize>) -> Vec<f32> {
         let width = self.shape.last().copied().unwrap_or(1);
-        let bytes = width * self.dtype.size();
+        let bytes = width * self.dtype.bits() / 8;
         let mut values = numeric::widen(self.dtype, &self.bytes[rows.start * bytes..rows.end * bytes]);
-        if self.dtype == Dtype::I8 && width > 0 {
-            for (row, scale) in values.chunks_exact_mut(width).zip(&self.scales[rows]) {
-                row.iter_mut().for_each(|x| *x *= scale);
-            }
-        }
+        self.scale(&mut values, rows.start * width);
         values
+    }
+
+    /// Multiplies values by their scales, if they have any; the first is element `first`, and begins a row.
+    fn scale(&self, values: &mut [f32], first: usize) {
+        let group = self.group();
+        if !self.dtype.is_quantised() || group == 0 {
+            return;
+        }
+        for (values, scale) in values.chunks_exact_mut(group).zip(&self.scales[first / group..]) {
+            values.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 
     /// All elements in bf16, rounded to nearest even where they were wider.

@@ -10,7 +10,6 @@ use crate::error::{Error, Result};
 use crate::numeric;
 use crate::shards::Stored;
 use crate::specs::{TensorGroup, TensorRole};
-use crate::tensor::Dtype;
 
 impl Checkpoint {
     /// Checks the whole checkpoint against its config, reading every byte once.
@@ -81,10 +80,10 @@ impl Checkpoint {
                     got: source.shape.clone(),
                 });
             }
-            let may_be_int8 = matches!(spec.role, TensorRole::Projection | TensorRole::Embedding);
-            if stored.entry.dtype == Dtype::I8 && !may_be_int8 {
+            let may_be_quantised = matches!(spec.role, TensorRole::Projection | TensorRole::Embedding);
+            if source.dtype.is_quantised() && !may_be_quantised {
                 let expected = "a float type, F32 where precision matters";
-                let (tensor, got) = (spec.name.clone(), Dtype::I8.to_string());
+                let (tensor, got) = (spec.name.clone(), source.dtype.to_string());
                 problems.push(Error::UnsupportedDtype { file: file(), tensor, expected, got });
             }
         }

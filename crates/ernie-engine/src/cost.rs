@@ -55,7 +55,7 @@ impl Cost {
             head_macs: head,
             attention_macs: 2.0 * q * config.num_hidden_layers as f64,
             shared_bytes: (shared + head) * bytes_per_weight,
-            expert_bytes: all_experts * bytes_per_weight,
+            expert_bytes: model.expert_bytes(),
             expert_share: if all_experts > 0.0 { active_experts / all_experts } else { 0.0 },
             kv_bytes: kv as f64 / BLOCK as f64,
             int8: model.is_int8(),

@@ -189,6 +189,15 @@ impl Model {
         self.layers.first().is_some_and(|layer| layer.attention.qkv.is_int8())
     }
 
+    /// Memory of the routed experts of all layers.
+    pub(crate) fn expert_bytes(&self) -> f64 {
+        let bytes = |layer: &Layer| match &layer.mlp {
+            Mlp::Moe(moe) => moe.expert_bytes(),
+            Mlp::Dense(_) => 0,
+        };
+        self.layers.iter().map(bytes).sum::<usize>() as f64
+    }
+
     /// Memory of a weight of the projections.
     pub(crate) fn bytes_per_weight(&self) -> f64 {
         self.layers.first().map_or(4.0, |layer| layer.attention.qkv.bytes_per_weight())

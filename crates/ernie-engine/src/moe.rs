@@ -4,6 +4,7 @@
 //! at once and its weights are read once, and only if somebody chose it.
 use ernie_kernels::arch::pool::Pool;
 use ernie_kernels::float::{self, WeightsRef};
+use ernie_kernels::int4::{self, Matrix4};
 use ernie_kernels::int8::{self, Into, Matrix8, Rows8};
 use ernie_kernels::router;
 
@@ -37,6 +38,11 @@ enum Experts {
         gate_up: Matrix8,
         down: Matrix8,
     },
+    /// The same of 4 bits.
+    Int4 {
+        gate_up: Matrix4,
+        down: Matrix4,
+    },
 }
 
 impl Moe {
@@ -59,17 +65,29 @@ impl Moe {
             experts_e: e,
             top_k: moe.top_k,
             norm_min: moe.norm_min as f32,
-            experts: match load.experts8(&experts, e, i, h, bias)? {
-                Some((gate_up, down)) => Experts::Int8 { gate_up, down },
-                None => Experts::Float((0..e).map(float).collect::<Result<_>>()?),
+            experts: if let Some((gate_up, down)) = load.experts4(&experts, e, i, h, bias)? {
+                Experts::Int4 { gate_up, down }
+            } else if let Some((gate_up, down)) = load.experts8(&experts, e, i, h, bias)? {
+                Experts::Int8 { gate_up, down }
+            } else {
+                Experts::Float((0..e).map(float).collect::<Result<_>>()?)
             },
             shared: (moe.num_shared_experts > 0).then(shared).transpose()?,
         })
     }
 
+    /// Bytes of the routed experts.
+    pub fn expert_bytes(&self) -> usize {
+        match &self.experts {
+            Experts::Float(experts) => experts.iter().map(|(gate_up, down)| gate_up.bytes() + down.bytes()).sum(),
+            Experts::Int8 { gate_up, down } => gate_up.bytes() + down.bytes(),
+            Experts::Int4 { gate_up, down } => gate_up.bytes() + down.bytes(),
+        }
+    }
+
     /// Whether any part multiplies bytes.
     pub fn is_int8(&self) -> bool {
-        matches!(self.experts, Experts::Int8 { .. }) || self.shared.as_ref().is_some_and(SwiGlu::is_int8)
+        !matches!(self.experts, Experts::Float(_)) || self.shared.as_ref().is_some_and(SwiGlu::is_int8)
     }
 
     /// p = softmax(W_g x); S = the s experts of largest p + bias; w = p\[S\] / max(Σ p\[S\], norm_min). Then every choice finds its place.
@@ -112,7 +130,20 @@ impl Moe {
         self.route(pool, input.values, h, work);
         work.y_nh.resize(n * h, 0.0);
         match &self.experts {
-            Experts::Int8 { gate_up, down } => forward8(pool, gate_up, down, self.experts_e, h, input.rows, work),
+            Experts::Int8 { gate_up, down } => {
+                let up = group_rows(self.experts_e, gate_up.n(), down.n(), input.rows, work);
+                int8::grouped(pool, &mut work.inner_ni, &work.rows, gate_up, up, &work.groups_up, Into::SwiGlu);
+                work.rows.quantise(pool, &work.inner_ni, up / 2);
+                int8::grouped(pool, &mut work.y_nh, &work.rows, down, h, &work.groups_down, Into::Set);
+            }
+            Experts::Int4 { gate_up, down } => {
+                let up = group_rows(self.experts_e, gate_up.n(), down.n(), input.rows, work);
+                work.rows.sum_groups(gate_up.group());
+                int4::grouped(pool, &mut work.inner_ni, &work.rows, gate_up, up, &work.groups_up, Into::SwiGlu);
+                work.rows.quantise(pool, &work.inner_ni, up / 2);
+                work.rows.sum_groups(down.group());
+                int4::grouped(pool, &mut work.y_nh, &work.rows, down, h, &work.groups_down, Into::Set);
+            }
             Experts::Float(experts) => {
                 work.x_nh.resize(n * h, 0.0);
                 for (x_h, &token) in work.x_nh.chunks_exact_mut(h).zip(&work.token_n) {
@@ -146,9 +177,10 @@ impl Moe {
     }
 }
 
-/// Experts of bytes: the rows of each one's tokens are put together, and both projections run over all experts at once.
-fn forward8(pool: &Pool, gate_up: &Matrix8, down: &Matrix8, experts: usize, h: usize, rows: &Rows8, work: &mut MoeWorkspace) {
-    let (each_up, each_down) = (gate_up.n() / experts, down.n() / experts);
+/// Puts the rows of each expert's tokens together, in `work.rows`, and says which are whose and where that expert's weights begin in the two matrices
+/// of `up` and `down` rows for all of them. Returns the rows of one expert in the first.
+fn group_rows(experts: usize, up: usize, down: usize, rows: &Rows8, work: &mut MoeWorkspace) -> usize {
+    let (each_up, each_down) = (up / experts, down / experts);
     work.rows.gather(rows, &work.token_n);
     work.groups_up.clear();
     work.groups_down.clear();
@@ -159,9 +191,7 @@ fn forward8(pool: &Pool, gate_up: &Matrix8, down: &Matrix8, experts: usize, h: u
         }
     }
     work.inner_ni.resize(work.token_n.len() * each_up / 2, 0.0);
-    int8::grouped(pool, &mut work.inner_ni, &work.rows, gate_up, each_up, &work.groups_up, Into::SwiGlu);
-    work.rows.quantise(pool, &work.inner_ni, each_up / 2);
-    int8::grouped(pool, &mut work.y_nh, &work.rows, down, h, &work.groups_down, Into::Set);
+    each_up
 }
 
 /// In f32, like the released router.

@@ -3,6 +3,7 @@ use ernie_checkpoint::{Checkpoint, Dtype, Tensor};
 use ernie_kernels::arch::dot_i8::PANEL;
 use ernie_kernels::arch::pool::Pool;
 use ernie_kernels::float::{self, WeightsRef};
+use ernie_kernels::int4::Matrix4;
 use ernie_kernels::int8::{self, Into, Matrix8, Rows8};
 use ernie_kernels::swiglu;
 use half::bf16;
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 /// In which form matrices are kept. Sums are f32 or exact integers in any case; norms and the router always stay f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightDtype {
-    /// As the files have them: 8-bit, bf16, else f32. Nothing is rounded.
+    /// As the files have them: 8-bit, experts of 4 bits, bf16, else f32. Nothing is rounded.
     #[default]
     Auto,
     /// f32: exact, twice the memory of bf16.
@@ -62,6 +63,11 @@ impl Linear {
         matches!(self.matrix, Matrix::Int8(_))
     }
 
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        (self.n as f64 * self.k as f64 * self.bytes_per_weight()) as usize
+    }
+
     /// Memory of one weight.
     pub fn bytes_per_weight(&self) -> f64 {
         match &self.matrix {
@@ -108,6 +114,11 @@ impl GateUp {
     /// Whether it multiplies bytes.
     pub fn is_int8(&self) -> bool {
         self.linear.is_int8()
+    }
+
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        self.linear.bytes()
     }
 
     /// x `[t, h]` → y `[t, i]`; `both` is working memory.
@@ -257,15 +268,54 @@ impl Loader<'_> {
         Ok(Some((gate_up, down)))
     }
 
+    /// The routed experts as [`Loader::experts8`] gives them, of 4 bits; `None` if the files have them otherwise, or in groups that the kernels do not take.
+    pub fn experts4(&self, prefix: &str, experts: usize, i: usize, h: usize, bias: bool) -> Result<Option<(Matrix4, Matrix4)>> {
+        let part = |expert: usize, name: &str, n, k| self.part(&format!("{prefix}.{expert}.{name}"), n, k, bias);
+        if self.dtype != WeightDtype::Auto || part(0, "gate_proj", i, h)?.tensor.dtype != Dtype::I4 {
+            return Ok(None);
+        }
+        let (mut ups, mut downs) = (Vec::with_capacity(2 * experts), Vec::with_capacity(experts));
+        for expert in 0..experts {
+            ups.extend([part(expert, "gate_proj", i, h)?, part(expert, "up_proj", i, h)?]);
+            downs.push(part(expert, "down_proj", h, i)?);
+        }
+        let (Some(group_up), Some(group_down)) = (group_of(&ups, h), group_of(&downs, i)) else { return Ok(None) };
+        if !i.is_multiple_of(PANEL) {
+            return Ok(None);
+        }
+        let gate_up = self.pack4(&ups, experts * 2 * i, h, group_up, |row| alternating(row, i))?;
+        let each = h.next_multiple_of(PANEL);
+        let down = self.pack4(&downs, experts * each, i, group_down, |row| (row % each < h).then_some((row / each, row % each)))?;
+        Ok(Some((gate_up, down)))
+    }
+
+    /// Packs `n` rows of `k` 4-bit weights; `source` names a part and its row.
+    fn pack4(
+        &self,
+        parts: &[Part<'_>],
+        n: usize,
+        k: usize,
+        group: usize,
+        source: impl Fn(usize) -> Option<(usize, usize)> + Sync,
+    ) -> Result<Matrix4> {
+        let fill = |row: usize, bytes: &mut [u8], scales: &mut [bf16]| {
+            let Some((part, row)) = source(row) else { return };
+            let weights = parts[part].tensor.as_int4().expect("all parts have been asked");
+            bytes.copy_from_slice(&weights.bytes[row * k / 2..][..k / 2]);
+            let own = &weights.scales[row * (k / group)..];
+            scales.iter_mut().zip(own).for_each(|(scale, own)| *scale = bf16::from_f32(*own));
+        };
+        let matrix = Matrix4::pack(self.pool, n, k, group, fill).map_err(|_| Error::NoMemoryForWeights { bytes: n * k / 2 })?;
+        let parts: Vec<&Part<'_>> = parts.iter().collect();
+        self.release(&parts);
+        let bias = parts.iter().any(|part| part.bias.is_some());
+        Ok(if bias { matrix.with_bias(&biases(&parts, n, source)) } else { matrix })
+    }
+
     /// Pairs of gate and up `[i, h]` as panels that alternate.
     fn alternating(&self, pairs: &[[Part<'_>; 2]], i: usize, h: usize) -> Result<Matrix8> {
         let each = 2 * i.next_multiple_of(PANEL);
-        let source = |row: usize| {
-            let (pair, row) = (row / each, row % each);
-            let (panel, lane) = (row / PANEL, row % PANEL);
-            let row = panel / 2 * PANEL + lane;
-            (row < i).then_some((2 * pair + panel % 2, row))
-        };
+        let source = |row: usize| alternating(row, i);
         let parts: Vec<&Part<'_>> = pairs.iter().flatten().collect();
         let matrix = self.pack(&parts, pairs.len() * each, h, h, source)?;
         self.release(&parts);
@@ -343,6 +393,24 @@ impl Loader<'_> {
             self.checkpoint.release(&part.tensor.name);
         }
     }
+}
+
+/// Which matrix and which of its rows stands at `row` where panels of gate and up `[i, …]` alternate, pair by pair.
+fn alternating(row: usize, i: usize) -> Option<(usize, usize)> {
+    let each = 2 * i.next_multiple_of(PANEL);
+    let (pair, row) = (row / each, row % each);
+    let (panel, lane) = (row / PANEL, row % PANEL);
+    let row = panel / 2 * PANEL + lane;
+    (row < i).then_some((2 * pair + panel % 2, row))
+}
+
+/// The group that the scales of 4-bit matrices with `k` columns are for: one for all of them, and scales that bf16 holds exactly.
+fn group_of(parts: &[Part<'_>], k: usize) -> Option<usize> {
+    let group = parts.first()?.tensor.as_int4()?.group;
+    let alike = parts.iter().all(|part| {
+        part.tensor.as_int4().is_some_and(|w| w.group == group && w.scales.iter().all(|scale| bf16::from_f32(*scale).to_f32() == *scale))
+    });
+    (alike && Matrix4::can_pack(k, group)).then_some(group)
 }
 
 /// The biases of packed rows, zero where there are none.

@@ -3,11 +3,15 @@
 //! Weights are symmetric with one scale per output row: w ≈ q·s, q in −127..=127. Activations are quantised per token as they come:
 //! x ≈ q·max|x|/127. So y\[t, n\] = s_x(t) · s_w(n) · Σ_k q_x q_w (+ bias), where the sum is a whole number: a token's result never depends on what is
 //! computed beside it, nor on the instruction set.
+mod rows;
+
 use std::ops::Range;
 
-use crate::arch::dot_i8::{self, Fetch, PANEL, SUMS, TOKENS, Tokens, panels_at_once};
+pub use rows::{Rows8, norm, quantise_row};
+
+use crate::arch::dot_i8::{self, Fetch, PANEL, SUMS, TOKENS, panels_at_once};
 use crate::arch::exp::exp;
-use crate::arch::isa::{LANES, mul_add, simd_fn};
+use crate::arch::isa::simd_fn;
 use crate::arch::matrix::MatMut;
 use crate::arch::pack::transpose;
 use crate::arch::pool::Pool;
@@ -26,114 +30,6 @@ const FEW: usize = 24;
 const MOST_BLOCKS: usize = 32;
 /// Weights of one task, in bytes.
 const TASK_BYTES: usize = 128 << 10;
-
-/// Quantised activations: `[rows, k]` signed bytes, each row with its scale.
-#[derive(Debug)]
-pub struct Rows8 {
-    memory: Memory,
-    /// Distance between rows in bytes: an odd number of cache lines, so that rows of one tile fall into different sets of the cache.
-    stride: usize,
-    rows: usize,
-    k: usize,
-    scales: Vec<f32>,
-    /// 128 · Σ q of each row: what weights kept as q + 128 add to a sum.
-    excess: Vec<i32>,
-}
-
-impl Rows8 {
-    /// Room for nothing; grows when it is filled.
-    pub fn new() -> Self {
-        Rows8 {
-            memory: Memory::zeroed(0).expect("nothing is always to be had"),
-            stride: 0,
-            rows: 0,
-            k: 0,
-            scales: Vec::new(),
-            excess: Vec::new(),
-        }
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn shape(&mut self, rows: usize, k: usize) {
-        assert!(k > 0 && k <= MAX_K, "rows of {k} elements; 1 to {MAX_K} are possible");
-        self.stride = (k.div_ceil(64) | 1) * 64;
-        (self.rows, self.k) = (rows, k);
-        if self.memory.bytes().len() < rows * self.stride {
-            self.memory = Memory::zeroed(rows * self.stride).expect("memory for activations");
-        }
-        self.scales.resize(rows, 0.0);
-        self.excess.resize(rows, 0);
-    }
-
-    /// Quantises x `[rows, k]`.
-    pub fn quantise(&mut self, pool: &Pool, x: &[f32], k: usize) {
-        self.fill(pool, x.len() / k, k, |row, bytes| quantise_row(bytes, &x[row * k..][..k]));
-    }
-
-    /// Rows `rows` of `from`, in this order.
-    pub fn gather(&mut self, from: &Rows8, rows: &[u32]) {
-        self.shape(rows.len(), from.k);
-        let stride = self.stride;
-        for (place, &row) in rows.iter().enumerate() {
-            let source = &from.memory.bytes()[row as usize * stride..][..stride];
-            self.memory.bytes_mut()[place * stride..][..stride].copy_from_slice(source);
-            self.scales[place] = from.scales[row as usize];
-            self.excess[place] = from.excess[row as usize];
-        }
-    }
-
-    fn fill(&mut self, pool: &Pool, rows: usize, k: usize, quantise: impl Fn(usize, &mut [u8]) -> (f32, i32) + Sync) {
-        self.shape(rows, k);
-        let (stride, per_task) = (self.stride, rows_per_task(rows, pool));
-        // Each task fills a piece of each of three buffers: they are dealt out together.
-        let mut results = std::mem::take(&mut self.scales);
-        let excess: &mut [i32] = &mut self.excess;
-        let bytes = &mut self.memory.bytes_mut()[..rows * stride];
-        pool.for_each_pieces(bytes, stride * per_task, &mut results, per_task, excess, |task, bytes, scales, excess| {
-            for (i, bytes) in bytes.chunks_exact_mut(stride).enumerate() {
-                (scales[i], excess[i]) = quantise(task * per_task + i, &mut bytes[..k]);
-                bytes[k..].fill(0);
-            }
-        });
-        self.scales = results;
-    }
-
-    /// The values that the bytes of a row stand for, for tests.
-    pub fn dequantised(&self, row: usize) -> Vec<f32> {
-        self.memory.bytes()[row * self.stride..][..self.k].iter().map(|&q| f32::from(q as i8) * self.scales[row]).collect()
-    }
-
-    fn tokens(&self, rows: Range<usize>) -> Tokens<'_> {
-        Tokens { bytes: &self.memory.bytes()[rows.start * self.stride..], stride: self.stride, count: rows.len() }
-    }
-}
-
-impl Default for Rows8 {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// normalised = rms_norm(x)·w, x `[rows, w.len()]`.
-pub fn norm(pool: &Pool, normalised: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
-    let h = w.len();
-    assert!(normalised.len() == x.len() && x.len().is_multiple_of(h), "normalised rows are shaped like x");
-    let per_task = rows_per_task(x.len() / h, pool);
-    pool.for_each_piece(normalised, h * per_task, |task, rows| {
-        for (row, x) in rows.chunks_exact_mut(h).zip(x[task * per_task * h..].chunks_exact(h)) {
-            norm_row(row, x, w, eps);
-        }
-    });
-}
-
-/// Rows of one task of a loop over rows: a short prompt is not worth several threads.
-fn rows_per_task(rows: usize, pool: &Pool) -> usize {
-    rows.div_ceil(4 * pool.threads()).max(8)
-}
 
 /// Weights `[n, k]` packed for the products, with a scale and perhaps a bias for each row.
 #[derive(Debug)]
@@ -238,7 +134,7 @@ pub fn linear(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, into: Into) {
         rows[count] = start..(start + height).min(x.rows);
         count += 1;
     }
-    blocks(pool, y, x, w, w.n, &rows[..count], &[0; MOST_BLOCKS][..count], into);
+    product(pool, y, x, w, w.n, &rows[..count], &[0; MOST_BLOCKS][..count], into);
 }
 
 /// Groups of rows, each for the part of a matrix that starts at one of its rows. Kept and refilled from step to step.
@@ -255,6 +151,11 @@ impl Groups {
         self.firsts.clear();
     }
 
+    /// Rows of each group, and the first of its rows of weights.
+    pub(crate) fn parts(&self) -> (&[Range<usize>], &[usize]) {
+        (&self.rows, &self.firsts)
+    }
+
     /// Adds rows `rows` of x, after those of the groups before, for the part of the matrix that starts at row `first`, a multiple of 16.
     pub fn push(&mut self, rows: Range<usize>, first: usize) {
         assert!(first.is_multiple_of(PANEL), "parts start at a panel");
@@ -268,25 +169,38 @@ impl Groups {
 /// # Panics
 /// If sizes do not fit, or groups overlap.
 pub fn grouped(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, groups: &Groups, into: Into) {
-    blocks(pool, y, x, w, n, &groups.rows, &groups.firsts, into);
+    product(pool, y, x, w, n, &groups.rows, &groups.firsts, into);
 }
 
 #[allow(clippy::too_many_arguments)] // A product's operands, its parts, and what becomes of it.
-fn blocks(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, rows: &[Range<usize>], firsts: &[usize], into: Into) {
-    let paired = into == Into::SwiGlu;
+fn product(pool: &Pool, y: &mut [f32], x: &Rows8, w: &Matrix8, n: usize, rows: &[Range<usize>], firsts: &[usize], into: Into) {
     assert!(x.k == w.k, "rows of {} elements times a matrix of {} columns", x.k, w.k);
-    assert!(!paired || n.is_multiple_of(2 * PANEL), "gate and up alternate by whole panels");
     assert!(firsts.iter().all(|first| first + n <= w.scales.len()), "a group's part of the matrix");
-    let cols = if paired { n / 2 } else { n };
-    let panel_bytes = w.words * 4 * PANEL;
+    let y = MatMut::new(y, x.rows, if into == Into::SwiGlu { n / 2 } else { n });
+    blocks(pool, y, w.words * 4 * PANEL, n, (rows, firsts), into, |y, rows, panels| task(y, x, rows, w, panels, into));
+}
+
+/// Cuts a product of `groups` (their rows, and the first of the n rows of weights of each) into tasks of [`TASK_BYTES`] of weights, which are packed in panels
+/// of `panel_bytes`: `task` gets a block of y, its rows and its panels.
+pub(crate) fn blocks(
+    pool: &Pool,
+    y: MatMut<'_>,
+    panel_bytes: usize,
+    n: usize,
+    (rows, firsts): (&[Range<usize>], &[usize]),
+    into: Into,
+    task: impl Fn(&mut MatMut<'_>, Range<usize>, Range<usize>) + Sync,
+) {
+    let paired = into == Into::SwiGlu;
+    assert!(!paired || n.is_multiple_of(2 * PANEL), "gate and up alternate by whole panels");
     let panels = n.div_ceil(PANEL);
     let at_least = (panels * rows.len()).div_ceil(8 * pool.threads());
     let per_task = (TASK_BYTES / panel_bytes).clamp(8, at_least.max(8)).next_multiple_of(8);
     let width = if paired { per_task / 2 * PANEL } else { per_task * PANEL };
-    pool.for_each_block(MatMut::new(y, x.rows, cols), rows, width, |group, col, mut block| {
+    pool.for_each_block(y, rows, width, |group, col, mut block| {
         let first = firsts[group] / PANEL + if paired { 2 * col / PANEL } else { col / PANEL };
         let count = if paired { 2 * block.cols() / PANEL } else { block.cols().div_ceil(PANEL) };
-        task(&mut block, x, rows[group].clone(), w, first..first + count, into);
+        task(&mut block, rows[group].clone(), first..first + count);
     });
 }
 
@@ -324,7 +238,7 @@ fn task(y: &mut MatMut<'_>, x: &Rows8, rows: Range<usize>, w: &Matrix8, panels: 
 }
 
 /// Cuts rows into tiles of nearly equal height, the higher ones first.
-fn token_tiles(rows: Range<usize>, tiles: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn token_tiles(rows: Range<usize>, tiles: usize) -> impl Iterator<Item = Range<usize>> {
     let (height, higher) = (rows.len() / tiles.max(1), rows.len() % tiles.max(1));
     (0..tiles).map(move |tile| {
         let start = rows.start + tile * height + tile.min(higher);
@@ -412,85 +326,6 @@ simd_fn! {
                 }
             }
         }
-    }
-}
-
-simd_fn! {
-    /// y = x · w / sqrt(mean(x²) + eps).
-    fn norm_row<FMA>(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
-        let mut sums = [0.0f32; LANES];
-        let (blocks, rest) = x.as_chunks::<LANES>();
-        for block in blocks {
-            for lane in 0..LANES {
-                sums[lane] = mul_add::<FMA>(block[lane], block[lane], sums[lane]);
-            }
-        }
-        let rest: f32 = rest.iter().map(|x| x * x).sum();
-        let inverse = 1.0 / ((sums.iter().sum::<f32>() + rest) / x.len() as f32 + eps).sqrt();
-        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-            *y = x * inverse * w;
-        }
-    }
-}
-
-/// Bytes of one row; returns its scale and 128 · Σ q. A row with a value that is not finite gets the scale NaN, so that it shows.
-pub fn quantise_row(out: &mut [u8], x: &[f32]) -> (f32, i32) {
-    let max = largest(x);
-    if !max.is_finite() {
-        out.fill(0);
-        return (f32::NAN, 0);
-    }
-    if max == 0.0 {
-        out.fill(0);
-        return (0.0, 0);
-    }
-    // The reciprocal of a subnormal would be infinite.
-    let inverse = if max < 1e-30 { 0.0 } else { 127.0 / max };
-    (max / 127.0, 128 * round_row(out, x, inverse))
-}
-
-simd_fn! {
-    /// max|x|, or something that is not finite if any element is not.
-    fn largest<FMA>(x: &[f32]) -> f32 {
-        // Comparisons let NaN slip through; the second sum is 0 unless something is not finite. (A maximum of bit patterns would do both, but
-        // the compiler then gathers across rows of lanes.)
-        let (mut most, mut bad) = ([0.0f32; LANES], [0.0f32; LANES]);
-        let blocks = x.chunks_exact(LANES);
-        let rest = blocks.remainder();
-        for block in blocks {
-            for lane in 0..LANES {
-                let size = block[lane].abs();
-                most[lane] = if size > most[lane] { size } else { most[lane] };
-                bad[lane] += block[lane] * 0.0;
-            }
-        }
-        let bad = bad.iter().sum::<f32>() + rest.iter().map(|x| x * 0.0).sum::<f32>();
-        most.iter().chain(rest).fold(0.0f32, |most, x| most.max(x.abs())) + bad
-    }
-}
-
-simd_fn! {
-    /// q = round(x · inverse), ties to even; returns Σ q.
-    fn round_row<FMA>(out: &mut [u8], x: &[f32], inverse: f32) -> i32 {
-        /// Added to a number below 2²², leaves the nearest integer in the low bits of the sum.
-        const ROUND: f32 = 12_582_912.0;
-        let mut sums = [0i32; LANES];
-        let (blocks, rest) = x.as_chunks::<LANES>();
-        let (outs, out_rest) = out.as_chunks_mut::<LANES>();
-        for (out, block) in outs.iter_mut().zip(blocks) {
-            for lane in 0..LANES {
-                let q = (block[lane] * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                sums[lane] += q;
-                out[lane] = q as u8;
-            }
-        }
-        let mut sum: i32 = sums.iter().sum();
-        for (out, x) in out_rest.iter_mut().zip(rest) {
-            let q = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-            sum += q;
-            *out = q as u8;
-        }
-        sum
     }
 }
 

@@ -10,6 +10,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod experts;
 pub mod float;
+pub mod int4;
 pub mod int8;
 pub mod linear;
 pub mod logits;

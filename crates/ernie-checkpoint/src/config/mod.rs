@@ -51,6 +51,11 @@ pub enum MlpKind {
 pub enum Quantization {
     /// compressed-tensors, 8-bit symmetric integers, one scale per output channel.
     Int8PerChannel,
+    /// The same, but the routed experts in 4-bit symmetric integers with one scale for each `group` inputs of an output channel.
+    Int4Experts {
+        /// Inputs that share a scale.
+        group: usize,
+    },
 }
 
 /// A model's sizes and constants. [`Config::defaults`] and the readers fill it; change fields as needed and call

@@ -369,7 +369,7 @@ fn vision(root: &Fields<'_>, d: VisionConfig) -> Result<VisionConfig> {
     })
 }
 
-/// `quantization_config`: only what [`crate::save`] writes and [`crate::Tensor`] reads back.
+/// `quantization_config`: what [`crate::Tensor`] reads, which is 8-bit weights with a scale per output channel and 4-bit weights with a scale per group.
 fn quantization(root: &Fields<'_>) -> Result<Option<Quantization>> {
     let Some(section) = root.section("quantization_config", "quantization_config.")? else { return Ok(None) };
     let required = |fields: &Fields<'_>, name: &'static str, allowed: &[Value]| {
@@ -380,16 +380,17 @@ fn quantization(root: &Fields<'_>) -> Result<Option<Quantization>> {
         }
     };
     required(&section, "quant_method", &[json!("compressed-tensors")])?;
-    section.only("format", &[json!("int-quantized"), json!("naive-quantized")])?;
+    section.only("format", &[json!("int-quantized"), json!("naive-quantized"), json!("pack-quantized"), json!("mixed-precision")])?;
     section.only("quantization_status", &[json!("compressed")])?;
     section.only("kv_cache_scheme", &[])?;
     let groups = section.section("config_groups", "quantization_config.config_groups.")?;
     let Some(groups) = groups.filter(|groups| !groups.map.is_empty()) else {
         return Err(section.error("config_groups", "at least one group", &Value::Null));
     };
+    let mut quantization = Quantization::Int8PerChannel;
     for name in groups.map.keys() {
         let Some(group) = groups.section(name, "quantization_config.config_groups.*.")? else { continue };
-        group.only("format", &[json!("int-quantized"), json!("naive-quantized")])?;
+        group.only("format", &[json!("int-quantized"), json!("naive-quantized"), json!("pack-quantized")])?;
         if let Some(activations) = group.section("input_activations", "quantization_config.config_groups.*.input_activations.")? {
             required(&activations, "num_bits", &[json!(8)])?;
             required(&activations, "type", &[json!("int")])?;
@@ -401,11 +402,19 @@ fn quantization(root: &Fields<'_>) -> Result<Option<Quantization>> {
         let Some(weights) = group.section("weights", "quantization_config.config_groups.*.weights.")? else {
             return Err(group.error("weights", "an object", &Value::Null));
         };
-        required(&weights, "num_bits", &[json!(8)])?;
+        required(&weights, "num_bits", &[json!(8), json!(4)])?;
         required(&weights, "type", &[json!("int")])?;
-        required(&weights, "strategy", &[json!("channel")])?;
         weights.only("symmetric", &[json!(true)])?;
         weights.only("dynamic", &[json!(false)])?;
+        weights.only("actorder", &[])?;
+        if weights.get(&["num_bits"])?.is_some_and(|(_, bits)| bits.as_f64() == Some(4.0)) {
+            required(&weights, "strategy", &[json!("group")])?;
+            required(&weights, "group_size", &[json!(32), json!(64), json!(128)])?;
+            let group = weights.size(&["group_size"])?.unwrap_or_default();
+            quantization = Quantization::Int4Experts { group };
+        } else {
+            required(&weights, "strategy", &[json!("channel")])?;
+        }
     }
-    Ok(Some(Quantization::Int8PerChannel))
+    Ok(Some(quantization))
 }

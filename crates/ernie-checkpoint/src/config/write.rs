@@ -90,8 +90,8 @@ pub(super) fn to_json(config: &Config) -> Value {
     if before.as_ref().is_none_or(|b| b.quantization != config.quantization) {
         match config.quantization {
             None => drop(root.shift_remove("quantization_config")),
-            Some(Quantization::Int8PerChannel) => {
-                root.insert("quantization_config".into(), int8_per_channel(config.tie_word_embeddings));
+            Some(quantization) => {
+                root.insert("quantization_config".into(), compressed_tensors(quantization, config.tie_word_embeddings));
             }
         }
     }
@@ -143,11 +143,14 @@ fn write_rope(config: &Config, before: Option<&Config>, text: &mut Map<String, V
     }
 }
 
-/// What [`crate::save`] writes as int8, in the fields of compressed-tensors' configs: all matrices, those of the
-/// embedding among them, as symmetric weights with one scale per output channel, and activations rounded
-/// per token as they come, which is what the engine computes with. The modules that are not quantised are
-/// named: the routers, and a tied head, which has no tensor of its own.
-pub(crate) fn int8_per_channel(tied: bool) -> Value {
+/// The projections of routed experts, as a pattern over the names of modules.
+const EXPERTS: &str = r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$";
+
+/// How weights are quantised, in the fields of compressed-tensors' configs: all matrices, those of the
+/// embedding among them, as symmetric weights with one scale per output channel (routed experts perhaps as packed ones with a
+/// scale per group), and activations rounded per token as they come, which is what the engine computes with. The modules that are
+/// not quantised are named: the routers, and a tied head, which has no tensor of its own.
+pub(crate) fn compressed_tensors(quantization: Quantization, tied: bool) -> Value {
     let mut ignore = vec!["re:.*mlp\\.gate$"];
     if tied {
         ignore.push("lm_head");
@@ -155,7 +158,7 @@ pub(crate) fn int8_per_channel(tied: bool) -> Value {
     let weights = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false});
     let activations = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true});
     // An embedding's input is ids, which are not rounded; without the format by its side it would be taken for a packed one.
-    json!({
+    let mut json = json!({
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
@@ -164,7 +167,14 @@ pub(crate) fn int8_per_channel(tied: bool) -> Value {
             "group_1": {"targets": ["Embedding"], "format": "int-quantized", "weights": weights, "input_activations": null, "output_activations": null},
         },
         "ignore": ignore,
-    })
+    });
+    if let Quantization::Int4Experts { group } = quantization {
+        let weights = json!({"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": group, "dynamic": false});
+        json["format"] = json!("mixed-precision");
+        // Names go before types where several groups could take a module.
+        json["config_groups"]["group_2"] = json!({"targets": [EXPERTS], "format": "pack-quantized", "weights": weights, "input_activations": activations, "output_activations": null});
+    }
+    json
 }
 
 /// Every field that is one JSON value, in the order it is written. The order depends on the family alone.

@@ -5,7 +5,7 @@ use std::path::Path;
 use ernie_checkpoint::{Config, Error, Family, MlpKind, Quantization};
 use serde_json::{Map, Value, json};
 
-use crate::fixture::{assert_error, dense, mentions_all, moe, vision_language};
+use crate::fixture::{assert_error, dense, mentions_all, moe, vision_language, wide_moe};
 
 fn parse(value: &Value) -> Result<Config, Error> {
     Config::from_json(&value.to_string(), Path::new("some/config.json"))
@@ -306,6 +306,27 @@ fn configs_made_in_memory_read_back_the_same() {
 }
 
 #[test]
+fn only_groups_of_four_bits_that_are_implemented() {
+    let mut config = wide_moe();
+    config.quantization = Some(Quantization::Int4Experts { group: 64 });
+    let good = config.to_json();
+    assert_eq!(parse(&good).unwrap().quantization, config.quantization);
+    let weights = "/quantization_config/config_groups/group_2/weights";
+    for (field, value) in [
+        ("num_bits", json!(2)),
+        ("strategy", json!("channel")),
+        ("group_size", json!(48)),
+        ("group_size", Value::Null),
+        ("symmetric", json!(false)),
+        ("actorder", json!("group")),
+    ] {
+        let mut bad = good.clone();
+        bad.pointer_mut(weights).unwrap()[field] = value;
+        mentions_all(&parse(&bad).unwrap_err(), &["some/config.json", "quantization_config", field]);
+    }
+}
+
+#[test]
 fn only_the_int8_convention_that_is_implemented() {
     let mut config = dense();
     config.quantization = Some(Quantization::Int8PerChannel);
@@ -314,8 +335,8 @@ fn only_the_int8_convention_that_is_implemented() {
     let weights = "/quantization_config/config_groups/group_0/weights";
     for (pointer, field, value) in [
         ("/quantization_config", "quant_method", json!("gptq")),
-        ("/quantization_config", "format", json!("pack-quantized")),
-        (weights, "num_bits", json!(4)),
+        ("/quantization_config", "format", json!("marlin-24")),
+        (weights, "num_bits", json!(3)),
         (weights, "type", json!("float")),
         (weights, "strategy", json!("group")),
         (weights, "symmetric", json!(false)),

@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
-use ernie_checkpoint::{Checkpoint, Config, Error, Family, SaveDtype, SaveOptions, save};
+use ernie_checkpoint::{Checkpoint, Config, Error, Family, QuantizeOptions, QuantizeScheme, SaveDtype, SaveOptions, quantize, save};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -40,6 +41,22 @@ pub fn moe() -> Config {
     moe.top_k = 2;
     moe.intermediate_size = 8;
     config
+}
+
+/// Experts whose rows can be cut into groups of 32.
+pub fn wide_moe() -> Config {
+    let mut config = moe();
+    config.hidden_size = 64;
+    config.moe.as_mut().unwrap().intermediate_size = 32;
+    config
+}
+
+/// The files of [`wide_moe`] with its experts in 4 bits.
+pub fn int4_model() -> TempDir {
+    let (from, out) = (model(&wide_moe()), tempfile::tempdir().unwrap());
+    let options = QuantizeOptions { scheme: QuantizeScheme::W4a8 { group: 32 }, ..QuantizeOptions::default() };
+    quantize(&Checkpoint::open(from.path()).unwrap(), None, out.path(), options, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();
+    out
 }
 
 pub fn vision_language() -> Config {
@@ -164,3 +181,17 @@ macro_rules! assert_error {
     }};
 }
 pub(crate) use assert_error;
+
+/// The header of a safetensors file, and its length.
+pub fn header_of(bytes: &[u8]) -> (Value, usize) {
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    (serde_json::from_slice(&bytes[8..8 + length]).unwrap(), length)
+}
+
+/// Changes the header of a safetensors file; the data stay.
+pub fn rewrite_header(path: &Path, change: impl FnOnce(&mut Value)) {
+    let bytes = fs::read(path).unwrap();
+    let (mut header, length) = header_of(&bytes);
+    change(&mut header);
+    fs::write(path, file(&header.to_string(), &bytes[8 + length..])).unwrap();
+}

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use ernie_checkpoint::{Checkpoint, Config, SaveDtype};
 use proptest::prelude::*;
 
-use crate::fixture::{dense, moe, sharded_model, tensors, write};
+use crate::fixture::{dense, int4_model, moe, sharded_model, tensors, write};
 
 /// Reads everything that can be read.
 fn use_it(dir: &Path) {
@@ -32,12 +32,21 @@ struct Original {
 fn original(config: &Config, dtype: SaveDtype) -> Original {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), config, &tensors(config), dtype, u64::MAX).unwrap();
-    let read = |name: &str| fs::read(dir.path().join(name)).unwrap();
+    read_original(dir.path())
+}
+
+fn read_original(dir: &Path) -> Original {
+    let read = |name: &str| fs::read(dir.join(name)).unwrap();
     Original { config: read("config.json"), weights: read("model.safetensors") }
 }
 
-static ORIGINALS: LazyLock<[Original; 3]> = LazyLock::new(|| {
-    [original(&dense(), SaveDtype::F32), original(&dense(), SaveDtype::Int8PerChannel), original(&moe(), SaveDtype::Bf16)]
+static ORIGINALS: LazyLock<[Original; 4]> = LazyLock::new(|| {
+    [
+        original(&dense(), SaveDtype::F32),
+        original(&dense(), SaveDtype::Int8PerChannel),
+        original(&moe(), SaveDtype::Bf16),
+        read_original(int4_model().path()),
+    ]
 });
 
 /// Positions are shares of the length, mostly in the first part, where headers are.
@@ -61,7 +70,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn mutated_weights_never_panic(which in 0..3_usize, edits in edits(), keep in prop::option::of(0.0..1.0)) {
+    fn mutated_weights_never_panic(which in 0..4_usize, edits in edits(), keep in prop::option::of(0.0..1.0)) {
         let original = &ORIGINALS[which];
         let mut weights = original.weights.clone();
         mutate(&mut weights, &edits, keep);
@@ -72,7 +81,7 @@ proptest! {
     }
 
     #[test]
-    fn mutated_configs_never_panic(which in 0..3_usize, edits in edits(), keep in prop::option::of(0.5..1.0)) {
+    fn mutated_configs_never_panic(which in 0..4_usize, edits in edits(), keep in prop::option::of(0.5..1.0)) {
         let original = &ORIGINALS[which];
         let mut config = original.config.clone();
         // Spread over the whole text: it is all header.

@@ -7,7 +7,7 @@ use ernie_engine::{
     WeightDtype,
 };
 
-use crate::golden::Golden;
+use crate::golden::{Golden, int4_checkpoint};
 
 /// Reproducible numbers.
 struct Random(u64);
@@ -35,7 +35,8 @@ const OPTIONS: EngineOptions = EngineOptions {
 
 fn model(name: &str, dtype: WeightDtype, kv_dtype: KvDtype, threads: usize) -> Arc<Model> {
     let options = LoadOptions { dtype, threads, kv_dtype: Some(kv_dtype) };
-    Arc::new(Model::load_with(&Golden::named(name).checkpoint(), options).unwrap())
+    let checkpoint = if name == "experts of 4 bits" { int4_checkpoint(32) } else { Golden::named(name).checkpoint() };
+    Arc::new(Model::load_with(&checkpoint, options).unwrap())
 }
 
 fn record(answers: &mut HashMap<RequestId, Answer>, finished: &mut HashMap<RequestId, FinishReason>, events: &[EngineEvent]) {
@@ -97,6 +98,7 @@ fn every_request_gets_the_same_bits_as_alone() {
         ("moe_k6", WeightDtype::Bf16, KvDtype::Bf16),
         ("moe_odd", WeightDtype::Int8, KvDtype::Bf16),
         ("moe_mtp", WeightDtype::F32, KvDtype::F32),
+        ("experts of 4 bits", WeightDtype::Auto, KvDtype::Bf16),
     ];
     let (mut preempted, mut found, mut right) = (0, 0, 0);
     for (form, (name, dtype, kv_dtype)) in forms.into_iter().enumerate() {

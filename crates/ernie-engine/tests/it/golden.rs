@@ -1,8 +1,9 @@
 //! What transformers computed for tiny random models (see testdata/README.md), and their weights.
 use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, save};
+use ernie_checkpoint::{Checkpoint, Config, QuantizeOptions, QuantizeScheme, SaveDtype, SaveOptions, TensorRole, quantize, save};
 use ernie_engine::{Model, WeightDtype};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -90,6 +91,32 @@ impl Golden {
     pub fn model(&self, dtype: WeightDtype) -> Model {
         Model::load_as(&self.checkpoint(), dtype).unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
+}
+
+/// A model that is no golden, for its experts are wide enough for 4 bits: random weights, `group` of them to a scale.
+pub fn int4_checkpoint(group: usize) -> Checkpoint {
+    let mut config = Golden::named("moe_k2").checkpoint().config().clone();
+    config.hidden_size = 64;
+    config.moe.as_mut().unwrap().intermediate_size = 64;
+    let mut state = 7u64;
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let specs: Vec<_> = config.tensor_specs().into_iter().filter(|spec| spec.required).collect();
+    let tensors = specs.into_iter().map(|spec| {
+        let values = (0..spec.shape.iter().product::<usize>()).map(|_| match spec.role {
+            TensorRole::Vector => 1.0 + 0.1 * next(),
+            TensorRole::CorrectionBias => 0.01 * next(),
+            _ => 0.2 * next(),
+        });
+        (spec.name, spec.shape, Cow::Owned(values.collect()))
+    });
+    let (from, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    save(from.path(), &config, tensors, &SaveOptions::default()).unwrap();
+    let options = QuantizeOptions { scheme: QuantizeScheme::W4a8 { group }, ..QuantizeOptions::default() };
+    quantize(&Checkpoint::open(from.path()).unwrap(), None, out.path(), options, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();
+    Checkpoint::open(out.path()).unwrap()
 }
 
 /// Largest absolute difference.

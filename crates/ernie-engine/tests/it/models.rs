@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, TensorGroup, save};
 use ernie_engine::{Error, FinishReason, Model, SamplingParams, Session, WeightDtype, generate, generate_in};
 
-use crate::golden::{Golden, max_difference};
+use crate::golden::{Golden, int4_checkpoint, max_difference};
 
 fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams { max_tokens, ..SamplingParams::greedy() }
@@ -142,6 +142,37 @@ fn rounded_copies_stay_near() {
             let median = differences[differences.len() / 2];
             assert!(median > 0.0 && median < share * spread, "{name} as {dtype:?}: median difference {median}, logits up to {spread}");
         }
+    }
+}
+
+/// Experts of 4 bits give what the same weights give in f32, but for the rounding of activations, which 8-bit weights share; and the same bits in pieces.
+#[test]
+fn experts_of_four_bits_are_the_weights_of_their_files() {
+    for group in [32, 64] {
+        let checkpoint = int4_checkpoint(group);
+        let ids: Vec<u32> = (0..40).map(|i| 1 + i * 31 % 90).collect();
+        let exact = all_logits(&Model::load_as(&checkpoint, WeightDtype::F32).unwrap(), &ids);
+        let model = Model::load(&checkpoint).unwrap();
+        let logits = all_logits(&model, &ids);
+        let spread = exact.iter().fold(0.0f32, |a, l| a.max(l.abs()));
+        let mut differences: Vec<f32> = logits.iter().zip(&exact).map(|(a, b)| (a - b).abs()).collect();
+        differences.sort_by(f32::total_cmp);
+        let median = differences[differences.len() / 2];
+        assert!(median > 0.0 && median < 0.02 * spread, "median difference {median}, logits up to {spread}");
+        let mut session = Session::new(&model, ids.len()).unwrap();
+        let mut pieces = Vec::new();
+        for piece in ids.chunks(7) {
+            pieces.extend(session.logits_for(piece, piece.len()).unwrap());
+        }
+        assert!(pieces == logits, "in pieces");
+        // In 8 bits the experts take more memory, and nearly the same values.
+        let bytes = all_logits(&Model::load_as(&checkpoint, WeightDtype::Int8).unwrap(), &ids);
+        let median = {
+            let mut differences: Vec<f32> = logits.iter().zip(&bytes).map(|(a, b)| (a - b).abs()).collect();
+            differences.sort_by(f32::total_cmp);
+            differences[differences.len() / 2]
+        };
+        assert!(median > 0.0 && median < 0.02 * spread, "{median}");
     }
 }
 
