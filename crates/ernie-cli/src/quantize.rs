@@ -1,4 +1,4 @@
-//! `ernie quantize`: a model in 8 bits.
+//! `ernie quantize`: a model in 8 bits, its experts perhaps in 4.
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write as _};
 use std::ops::ControlFlow;
@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use ernie_checkpoint::{Checkpoint, QuantizeOptions, QuantizeProgress, QuantizeSummary, quantize};
+use clap::builder::TypedValueParser;
+use ernie_checkpoint::{Checkpoint, QuantizeOptions, QuantizeProgress, QuantizeScheme, QuantizeSummary, quantize};
 use serde::Serialize;
 
 use crate::interrupt::Interrupt;
@@ -17,11 +18,13 @@ use crate::outcome::Outcome;
 #[command(
     long_about = "Round a model's weights to 8 bits: a quarter of the size of 32-bit weights, half of 16-bit ones, and faster by about as much. Every \
         projection, the embedding and the head become symmetric integers with one scale per output channel; when the model is run, activations \
-        too are rounded, per token. Norms, biases and routers stay 32-bit.\n\n\
+        too are rounded, per token. Norms, biases and routers stay 32-bit. With --scheme w4a8 the routed experts, most of a mixture's weights, \
+        become 4-bit integers with one scale for each 32 inputs of an output (--group-size): half of the size again, at some loss.\n\n\
         The result is a model directory like any other, in the compressed-tensors convention. Weights are read, rounded and written piece by \
         piece, so memory is no matter. OUT becomes a model only when everything is written: Ctrl-C, a kill or a full disk leave nothing in it.",
     after_long_help = "Examples:\n  \
         ernie quantize path/to/model path/to/model-int8\n  \
+        ernie quantize path/to/model path/to/model-int4 --scheme w4a8\n  \
         ernie quantize path/to/model path/to/model-int8 --json\n  \
         ernie generate --model path/to/model-int8 \"Once upon a time\"\n\n\
         --json prints one object: out, elements, source_bytes, bytes, seconds, relative_errors (by kind of matrix, the root mean square of what \
@@ -35,6 +38,9 @@ pub struct QuantizeArguments {
     /// How weights and activations are rounded
     #[arg(long, value_enum, default_value_t = Scheme::W8a8)]
     scheme: Scheme,
+    /// Weights of a row that share a scale, for w4a8: 32, 64 or 128
+    #[arg(long, value_name = "N", value_parser = clap::builder::PossibleValuesParser::new(["32", "64", "128"]).map(|n| n.parse::<usize>().expect("a number of the list")))]
+    group_size: Option<usize>,
     /// Replace a model that is in OUT already
     #[arg(long)]
     force: bool,
@@ -51,6 +57,8 @@ pub struct QuantizeArguments {
 enum Scheme {
     /// 8-bit weights with a scale per output channel, 8-bit activations with a scale per token
     W8a8,
+    /// Routed experts of 4-bit weights with a scale for each few inputs of an output channel; everything else as in w8a8
+    W4a8,
 }
 
 /// What `--json` prints.
@@ -66,7 +74,12 @@ struct Output<'a> {
 
 /// Runs the command.
 pub fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
-    let QuantizeArguments { dir, out, scheme: Scheme::W8a8, force, quiet, json } = arguments;
+    let QuantizeArguments { dir, out, scheme, group_size, force, quiet, json } = arguments;
+    let scheme = match (scheme, group_size) {
+        (Scheme::W8a8, None) => QuantizeScheme::W8a8,
+        (Scheme::W8a8, Some(_)) => anyhow::bail!("--group-size is for --scheme w4a8; 8-bit weights have one scale for each output channel"),
+        (Scheme::W4a8, group) => QuantizeScheme::W4a8 { group: group.unwrap_or(32) },
+    };
     let interrupt = Interrupt::install()?;
     crate::model::is_model_directory(dir)?;
     if !force && out.join("config.json").exists() {
@@ -76,7 +89,7 @@ pub fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut progress = Progress { began, shown: None, on: !quiet && std::io::stderr().is_terminal() };
     let working = interrupt.begin();
-    let result = quantize(&source, Some(dir), out, QuantizeOptions::default(), &mut |at| {
+    let result = quantize(&source, Some(dir), out, QuantizeOptions { scheme, ..QuantizeOptions::default() }, &mut |at| {
         progress.show(at);
         if interrupt.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });

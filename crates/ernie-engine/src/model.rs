@@ -17,16 +17,13 @@ use ernie_checkpoint::{Checkpoint, Config, Family, TensorGroup};
 use ernie_kernels::arch::matrix::Mat;
 use ernie_kernels::arch::pool::Pool;
 use ernie_kernels::int8::{self, Rows8};
-use ernie_kernels::paged::{self, BLOCK, KvBlocks, KvDtype, Spans};
-use ernie_kernels::rope::{self, RopeTable};
+use ernie_kernels::paged::{self, KvBlocks, KvDtype};
+use ernie_kernels::rope::RopeTable;
 
 use crate::error::{Error, Result};
 use crate::moe::Moe;
 use crate::runner::Workspace;
-use crate::weights::{GateUp, Input, Linear, Loader, WeightDtype};
-
-/// Rows that one task of a loop over tokens takes.
-const ROWS_PER_TASK: usize = 8;
+use crate::weights::{GateUp, Input, Linear, Loader, Needs, WeightDtype};
 
 /// How to keep a model in memory and compute with it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -245,11 +242,11 @@ impl Model {
         let eps = self.config.rms_norm_eps as f32;
         match &layer.mlp {
             Mlp::Dense(mlp) => {
-                normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, mlp.is_int8());
+                normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, mlp.gate_up.needs());
                 mlp.add_to(pool, x_th, normed_th, inner_ti, both, rows);
             }
             Mlp::Moe(routed) => {
-                normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, routed.is_int8());
+                normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, routed.needs());
                 routed.forward(pool, x_th, Input { values: normed_th, rows }, moe);
                 if let Some(shared) = &routed.shared {
                     shared.add_to(pool, x_th, normed_th, inner_ti, both, rows);
@@ -301,17 +298,18 @@ impl Model {
         }
         let head_vh = self.head_vh.as_ref().unwrap_or(&self.embed_vh);
         normed_th.resize(wanted.len() * h, 0.0);
-        normalise(&self.pool, normed_th, rows, inner_ti, &self.norm_h, self.config.rms_norm_eps as f32, head_vh.is_int8());
+        normalise(&self.pool, normed_th, rows, inner_ti, &self.norm_h, self.config.rms_norm_eps as f32, head_vh.needs());
         logits.resize(wanted.len() * v, 0.0);
         head_vh.forward(&self.pool, logits, Input { values: normed_th, rows }, false);
     }
 }
 
-/// normed = rms_norm(x)·w, and the same as bytes if they are asked for. All `[t, h]`.
-fn normalise(pool: &Pool, normed_th: &mut [f32], rows: &mut Rows8, x_th: &[f32], w_h: &[f32], eps: f32, bytes: bool) {
-    int8::norm(pool, normed_th, x_th, w_h, eps);
-    if bytes {
-        rows.quantise(pool, normed_th, w_h.len());
+/// normed = rms_norm(x)·w, all `[t, h]`, in the forms that are needed.
+fn normalise(pool: &Pool, normed_th: &mut [f32], rows: &mut Rows8, x_th: &[f32], w_h: &[f32], eps: f32, needs: Needs) {
+    match needs {
+        Needs::Values => int8::norm(pool, normed_th, x_th, w_h, eps),
+        Needs::Bytes => rows.quantise_norm(pool, &mut [], x_th, w_h, eps),
+        Needs::Both => rows.quantise_norm(pool, normed_th, x_th, w_h, eps),
     }
 }
 
@@ -367,40 +365,18 @@ impl Attention {
         let Workspace { x_th, normed_th, qkv, attended_tq, rows, spans, .. } = work;
         let (t, d) = (x_th.len() / norm_h.len(), config.head_dim);
         let (q, k) = (config.num_attention_heads * d, config.num_key_value_heads * d);
-        normalise(pool, normed_th, rows, x_th, norm_h, config.rms_norm_eps as f32, self.qkv.is_int8());
+        normalise(pool, normed_th, rows, x_th, norm_h, config.rms_norm_eps as f32, self.qkv.needs());
         qkv.resize(t * (q + 2 * k), 0.0);
         self.qkv.forward(pool, qkv, Input { values: normed_th, rows }, false);
-        rotate(pool, qkv, q + k, q + 2 * k, rope, spans);
-        for span in spans.spans() {
-            let blocks = spans.blocks_of(span);
-            for (position, row) in (span.start..).zip(span.rows.clone()) {
-                let row = &qkv[row * (q + 2 * k)..][..q + 2 * k];
-                kv.store(layer, blocks[position / BLOCK], position % BLOCK, &row[q..q + k], &row[q + k..]);
-            }
-        }
+        let qkv = Mat::new(qkv, t, q + 2 * k);
+        paged::append(pool, kv, layer, qkv, q, rope, spans);
         attended_tq.resize(t * q, 0.0);
-        paged::attention(pool, attended_tq, Mat::new(qkv, t, q + 2 * k), kv, layer, config.num_attention_heads, spans);
+        paged::attention(pool, attended_tq, qkv, Some(rope), kv, layer, config.num_attention_heads, spans);
         if self.o.is_int8() {
             rows.quantise(pool, attended_tq, q);
         }
         self.o.forward(pool, x_th, Input { values: attended_tq, rows }, true);
     }
-}
-
-/// Rotates the first `width` columns of rows `stride` wide, each by its position.
-fn rotate(pool: &Pool, qkv: &mut [f32], width: usize, stride: usize, rope: &RopeTable, spans: &Spans) {
-    pool.for_each_piece(qkv, ROWS_PER_TASK * stride, |task, rows| {
-        let first = task * ROWS_PER_TASK;
-        // The span of the first row; others follow it.
-        let mut span = spans.spans().partition_point(|span| span.rows.end <= first);
-        for (row, values) in (first..).zip(rows.chunks_exact_mut(stride)) {
-            while spans.spans()[span].rows.end <= row {
-                span += 1;
-            }
-            let position = spans.spans()[span].start + row - spans.spans()[span].rows.start;
-            rope::rotate_row(&mut values[..width], rope, position);
-        }
-    });
 }
 
 impl SwiGlu {

@@ -11,7 +11,7 @@ use ernie_kernels::router;
 use crate::error::Result;
 use crate::model::SwiGlu;
 use crate::runner::MoeWorkspace;
-use crate::weights::{GateUp, Input, Linear, Loader};
+use crate::weights::{GateUp, Input, Linear, Loader, Needs};
 
 /// Rows that one task of a loop over tokens takes.
 const ROWS_PER_TASK: usize = 16;
@@ -85,9 +85,10 @@ impl Moe {
         }
     }
 
-    /// Whether any part multiplies bytes.
-    pub fn is_int8(&self) -> bool {
-        !matches!(self.experts, Experts::Float(_)) || self.shared.as_ref().is_some_and(SwiGlu::is_int8)
+    /// What it reads of its input: the router always the values.
+    pub fn needs(&self) -> Needs {
+        let bytes = !matches!(self.experts, Experts::Float(_)) || self.shared.as_ref().is_some_and(SwiGlu::is_int8);
+        if bytes { Needs::Both } else { Needs::Values }
     }
 
     /// p = softmax(W_g x); S = the s experts of largest p + bias; w = p\[S\] / max(Σ p\[S\], norm_min). Then every choice finds its place.

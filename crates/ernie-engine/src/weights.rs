@@ -38,10 +38,21 @@ pub enum Matrix {
 /// Activations that are multiplied: the values, and the same as bytes if a matrix of bytes asks for them.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
-    /// `[t, k]`.
+    /// `[t, k]`; this and the next up to date only where a layer [`Needs`] them.
     pub values: &'a [f32],
-    /// `[t, k]`, up to date only where needed.
+    /// `[t, k]`.
     pub rows: &'a Rows8,
+}
+
+/// What a layer reads of an [`Input`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// The values alone.
+    Values,
+    /// The bytes alone.
+    Bytes,
+    /// Both: a router beside experts of bytes.
+    Both,
 }
 
 /// y = W x (+ b).
@@ -61,6 +72,11 @@ impl Linear {
     /// Whether it multiplies bytes.
     pub fn is_int8(&self) -> bool {
         matches!(self.matrix, Matrix::Int8(_))
+    }
+
+    /// What it reads of its input.
+    pub fn needs(&self) -> Needs {
+        if self.is_int8() { Needs::Bytes } else { Needs::Values }
     }
 
     /// Bytes of the weights.
@@ -114,6 +130,11 @@ impl GateUp {
     /// Whether it multiplies bytes.
     pub fn is_int8(&self) -> bool {
         self.linear.is_int8()
+    }
+
+    /// What it reads of its input.
+    pub fn needs(&self) -> Needs {
+        self.linear.needs()
     }
 
     /// Bytes of the weights.

@@ -13,7 +13,7 @@ use crate::arch::isa::simd_fn;
 use crate::arch::matrix::MatMut;
 use crate::arch::pack::transpose;
 use crate::arch::pool::Pool;
-use crate::int8::{Groups, Into, Rows8, blocks, token_tiles};
+use crate::int8::{Groups, Into, OfRow, Rows8, blocks, token_tiles};
 use crate::memory::Memory;
 use crate::scratch::Scratch;
 
@@ -59,7 +59,7 @@ impl Matrix4 {
         let mut memory = Memory::zeroed(panels * words * 4 * PANEL)?;
         let mut scales = vec![0; panels * groups * PANEL];
         let bytes = &mut memory.bytes_mut()[..panels * words * 4 * PANEL];
-        pool.for_each_pieces(bytes, words * 4 * PANEL, &mut scales, groups * PANEL, &mut [0u8; 0][..], |panel, out, scales, _| {
+        pool.for_each_pieces(bytes, words * 4 * PANEL, (&mut scales, groups * PANEL), (&mut [0u8; 0], 1), |panel, out, scales, _| {
             let mut rows = Scratch::take(PANEL * words);
             bytemuck::cast_slice_mut::<f32, u8>(&mut rows).fill(ZEROS);
             let mut own = [bf16::ZERO; crate::int8::MAX_K / 8];
@@ -184,7 +184,7 @@ simd_fn! {
     /// Scales a tile's sums and brings them to y, a block whose first row and panel are given.
     fn finish<FMA>(tile: &Finish<'_>, y: &mut MatMut<'_>, x: &Rows8, w: &Matrix4, first_row: usize, first_panel: usize, into: Into) {
         let Finish { sums, at_once, ref panels, ref tokens } = *tile;
-        let scales = x.scales(tokens.clone());
+        let of = x.of(tokens.clone());
         let row = tokens.start - first_row;
         // Where the sums of panel p of token t stand.
         let place = |p: usize, t: usize| p / at_once * at_once * PANEL * TOKENS + (t * at_once + p % at_once) * PANEL;
@@ -192,7 +192,7 @@ simd_fn! {
             for p in (0..panels.len()).step_by(2) {
                 let (gates, ups) = (bias_of(w, panels.start + p), bias_of(w, panels.start + p + 1));
                 let col = (panels.start + p - first_panel) / 2 * PANEL;
-                for (t, &scale) in scales.iter().enumerate() {
+                for (t, &OfRow { scale, .. }) in of.iter().enumerate() {
                     let gate = apply(&sums[place(p, t)..], scale, &gates);
                     let up = apply(&sums[place(p + 1, t)..], scale, &ups);
                     let y: &mut [f32; PANEL] = y.row_mut(row + t)[col..].first_chunk_mut().expect("a panel");
@@ -206,7 +206,7 @@ simd_fn! {
         for p in 0..panels.len() {
             let bias = bias_of(w, panels.start + p);
             let col = (panels.start + p - first_panel) * PANEL;
-            for (t, &scale) in scales.iter().enumerate() {
+            for (t, &OfRow { scale, .. }) in of.iter().enumerate() {
                 let values = apply(&sums[place(p, t)..], scale, &bias);
                 y.row_mut(row + t)[col..].iter_mut().zip(values).for_each(|(y, value)| *y = value);
             }

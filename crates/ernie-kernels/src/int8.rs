@@ -7,6 +7,7 @@ mod rows;
 
 use std::ops::Range;
 
+pub(crate) use rows::OfRow;
 pub use rows::{Rows8, norm, quantise_row};
 
 use crate::arch::dot_i8::{self, Fetch, PANEL, SUMS, TOKENS, panels_at_once};
@@ -58,7 +59,7 @@ impl Matrix8 {
         let mut memory = Memory::zeroed(panels * words * 4 * PANEL)?;
         let mut scales = vec![0.0; panels * PANEL];
         let bytes = &mut memory.bytes_mut()[..panels * words * 4 * PANEL];
-        pool.for_each_pieces(bytes, words * 4 * PANEL, &mut scales, PANEL, &mut [0u8; 0][..], |panel, out, scales, _| {
+        pool.for_each_pieces(bytes, words * 4 * PANEL, (&mut scales, PANEL), (&mut [0u8; 0], 1), |panel, out, scales, _| {
             let mut rows = Scratch::take(PANEL * words);
             rows.fill(0.0);
             for (r, row) in rows.chunks_exact_mut(words).enumerate().take(n - panel * PANEL) {
@@ -289,7 +290,7 @@ simd_fn! {
     /// each sixteen sums took a tenth of the time. (Everything it calls is inlined, or it would be compiled without the wide registers.)
     fn finish<FMA>(tile: &Finish<'_>, y: &mut MatMut<'_>, x: &Rows8, w: &Matrix8, first_row: usize, first_panel: usize, into: Into) {
         let Finish { sums, at_once, unit, ref tokens, panel } = *tile;
-        let (scales, excess) = (&x.scales[tokens.clone()], &x.excess[tokens.clone()]);
+        let of = &x.of[tokens.clone()];
         let (count, row) = (tokens.len(), tokens.start - first_row);
         // Where the sums of panel p of token t stand.
         let place = |p: usize, t: usize| p / at_once * PANEL * TOKENS + (t * at_once + p % at_once) * PANEL;
@@ -298,8 +299,8 @@ simd_fn! {
                 let (gates, ups) = (PanelScales::of(w, panel + p), PanelScales::of(w, panel + p + 1));
                 let col = (panel + p - first_panel) / 2 * PANEL;
                 for t in 0..count {
-                    let gate = gates.apply(&sums[place(p, t)..], excess[t], scales[t]);
-                    let up = ups.apply(&sums[place(p + 1, t)..], excess[t], scales[t]);
+                    let gate = gates.apply(&sums[place(p, t)..], of[t].excess, of[t].scale);
+                    let up = ups.apply(&sums[place(p + 1, t)..], of[t].excess, of[t].scale);
                     let y: &mut [f32; PANEL] = y.row_mut(row + t)[col..].first_chunk_mut().expect("a panel");
                     for i in 0..PANEL {
                         y[i] = gate[i] / (1.0 + exp::<FMA>(-gate[i])) * up[i];
@@ -312,7 +313,7 @@ simd_fn! {
             let panel_scales = PanelScales::of(w, panel + p);
             let col = (panel + p - first_panel) * PANEL;
             for t in 0..count {
-                let values = panel_scales.apply(&sums[place(p, t)..], excess[t], scales[t]);
+                let values = panel_scales.apply(&sums[place(p, t)..], of[t].excess, of[t].scale);
                 let y = &mut y.row_mut(row + t)[col..];
                 match (y.first_chunk_mut::<PANEL>(), into) {
                     (Some(y), Into::Set) => *y = values,

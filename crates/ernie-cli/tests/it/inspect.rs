@@ -17,7 +17,7 @@ fn sizes_follow_from_the_config() {
     assert_eq!(found["family"], "moe");
     assert_eq!(found["experts"]["top_k"], 2);
     // Embedding; per layer attention and two norms; one dense SwiGLU; router, bias, experts and a shared one; final norm.
-    let expert = 3 * 32 * 16;
+    let expert = 3 * 32 * 32;
     let rest = tiny_model::VOCAB * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 32) + 3 * 32 * 48 + 4 * 32 + 4 + expert + 32;
     assert_eq!(found["parameters"]["total"], rest + 4 * expert);
     assert_eq!(found["parameters"]["active"], rest + 2 * expert);
@@ -25,7 +25,7 @@ fn sizes_follow_from_the_config() {
     assert_eq!(found["kv_bytes_per_token"]["bf16"], 2 * 2 * 2 * 8 * 2);
     let tensors = found["tensors"].as_array().unwrap();
     assert!(
-        tensors.iter().any(|t| t["name"] == "model.layers.1.mlp.experts.3.down_proj.weight" && t["shape"] == serde_json::json!([32, 16]))
+        tensors.iter().any(|t| t["name"] == "model.layers.1.mlp.experts.3.down_proj.weight" && t["shape"] == serde_json::json!([32, 32]))
     );
     let text = inspect(dir.path(), &["--tensors"]).ok();
     for part in ["mixture of experts", "4 query heads", "96 tokens", "model.norm.weight", "Nothing is wrong"] {

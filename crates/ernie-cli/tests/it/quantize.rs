@@ -25,6 +25,29 @@ fn a_quantised_model_runs_and_is_what_int8_weights_are() {
 }
 
 #[test]
+fn experts_may_have_four_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out, eight) = (path(&dir, "model"), path(&dir, "int4"), path(&dir, "int8"));
+    tiny_model::write(model.as_ref());
+    let report = ernie(["quantize", &model, &out, "--scheme", "w4a8", "--json"]).json();
+    let bytes = report["bytes"].as_u64().unwrap();
+    assert!(bytes < ernie(["quantize", &model, &eight, "--json"]).json()["bytes"].as_u64().unwrap());
+    let errors = &report["relative_errors"];
+    assert!(errors["routed experts"].as_f64().unwrap() > 5.0 * errors["attention"].as_f64().unwrap(), "{report}");
+    let inspected = ernie(["inspect", &out, "--tensors", "--json"]).json();
+    assert_eq!(inspected["ok"], true);
+    let dtype = |name: &str| inspected["tensors"].as_array().unwrap().iter().find(|t| t["name"] == name).unwrap()["dtype"].clone();
+    assert_eq!(dtype("model.layers.1.mlp.experts.0.up_proj.weight"), "I4");
+    assert_eq!(dtype("model.layers.1.mlp.shared_experts.up_proj.weight"), "I8");
+    let logits = |flags: &[&str]| ernie([&["logits", "--ids", "270,300,280", "--last", "3"], flags].concat()).ok();
+    assert_ne!(logits(&["--model", &out]), logits(&["--model", &eight]));
+    assert_ne!(logits(&["--model", &out]), logits(&["--model", &out, "--weights", "f32"]));
+    ernie(["quantize", &model, &path(&dir, "x"), "--scheme", "w4a8", "--group-size", "64"]).fails(1, &["rows of 32", "groups of 64", "8 bits"]);
+    ernie(["quantize", &model, &path(&dir, "x"), "--scheme", "w4a8", "--group-size", "48"]).fails(2, &["--group-size", "32, 64, 128"]);
+    ernie(["quantize", &model, &path(&dir, "x"), "--group-size", "64"]).fails(1, &["--group-size", "--scheme w4a8"]);
+}
+
+#[test]
 fn nothing_is_overwritten_unasked_and_nothing_half_written() {
     let dir = tempfile::tempdir().unwrap();
     let (model, out) = (path(&dir, "model"), path(&dir, "int8"));

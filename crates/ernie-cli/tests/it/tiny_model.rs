@@ -61,7 +61,7 @@ fn config() -> Value {
         "model_type": "ernie4_5_moe", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_act": "silu", "max_position_embeddings": CONTEXT,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "use_bias": false, "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1,
+        "pad_token_id": 0, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1,
         "moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_layer_interval": 1
     })
 }

@@ -141,8 +141,8 @@ impl Pool {
         });
     }
 
-    /// [`Pool::for_each_piece`] over three slices together, cut into equally many pieces: `second` and `third` into pieces of `step` elements.
-    /// A slice may be empty: its pieces then are too.
+    /// [`Pool::for_each_piece`] over three slices together, cut into equally many pieces, each slice with the size of its own. The second and the third may be
+    /// empty: their pieces then are too.
     ///
     /// # Panics
     /// As [`Pool::run`]; if a size is 0 or a slice that is not empty gives another number of pieces.
@@ -150,19 +150,35 @@ impl Pool {
         &self,
         first: &mut [A],
         size: usize,
-        second: &mut [B],
-        step: usize,
-        third: &mut [C],
+        second: (&mut [B], usize),
+        third: (&mut [C], usize),
         body: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
     ) {
-        assert!(size > 0 && step > 0);
+        let ((second, second_size), (third, third_size)) = (second, third);
+        assert!(size > 0 && second_size > 0 && third_size > 0);
         let (count, lens) = (first.len().div_ceil(size), (first.len(), second.len(), third.len()));
-        assert!([lens.1, lens.2].iter().all(|&len| len == 0 || len.div_ceil(step) == count), "slices of unlike numbers of pieces");
+        let alike = |len: usize, size: usize| len == 0 || len.div_ceil(size) == count;
+        assert!(alike(lens.1, second_size) && alike(lens.2, third_size), "slices of unlike numbers of pieces");
         let starts = (Start(first.as_mut_ptr()), Start(second.as_mut_ptr()), Start(third.as_mut_ptr()));
         self.run(count, &|index| {
             let (a, b, c) = (&starts.0, &starts.1, &starts.2);
             // SAFETY: pieces of different tasks do not overlap and lie inside slices that are borrowed for the whole loop.
-            unsafe { body(index, a.piece(index, size, lens.0), b.piece(index, step, lens.1), c.piece(index, step, lens.2)) };
+            unsafe { body(index, a.piece(index, size, lens.0), b.piece(index, second_size, lens.1), c.piece(index, third_size, lens.2)) };
+        });
+    }
+
+    /// Pieces of `size` elements of `data`, of which only the `chosen` ones go to `body`, each with its place in that list.
+    ///
+    /// # Panics
+    /// As [`Pool::run`]; if `size` is 0, or the chosen pieces are not in ascending order, each once and whole.
+    pub fn for_each_chosen<T: Send>(&self, data: &mut [T], size: usize, chosen: &[u32], body: impl Fn(usize, &mut [T]) + Sync) {
+        assert!(size > 0 && chosen.windows(2).all(|pair| pair[0] < pair[1]), "pieces in ascending order, each once");
+        assert!(chosen.last().is_none_or(|&last| (last as usize) < data.len() / size), "pieces that are there");
+        let (start, len) = (Start(data.as_mut_ptr()), data.len());
+        self.run(chosen.len(), &|place| {
+            let start = &start;
+            // SAFETY: the chosen pieces are different ones, do not overlap and lie inside `data`, which is borrowed for the whole loop.
+            body(place, unsafe { start.piece(chosen[place] as usize, size, len) });
         });
     }
 
@@ -377,6 +393,27 @@ mod tests {
             for (j, &x) in row.iter().enumerate() {
                 assert_eq!(x, group.map_or(0.0, |group| (group * 100 + j) as f32 + 1.0), "({i}, {j})");
             }
+        }
+    }
+
+    #[test]
+    fn chosen_pieces_are_met_once_and_the_others_never() {
+        let mut data = vec![0u32; 50];
+        Pool::new(3).for_each_chosen(&mut data, 5, &[1, 4, 9], |place, piece| piece.iter_mut().for_each(|x| *x += place as u32 + 1));
+        let expected: Vec<u32> = (0..10)
+            .flat_map(|piece| {
+                [match piece {
+                    1 => 1,
+                    4 => 2,
+                    9 => 3,
+                    _ => 0,
+                }; 5]
+            })
+            .collect();
+        assert_eq!(data, expected);
+        for bad in [&[3, 3][..], &[4, 2], &[0, 10]] {
+            let run = || Pool::new(1).for_each_chosen(&mut [0u8; 50], 5, bad, |_, _| {});
+            assert!(std::panic::catch_unwind(run).is_err(), "{bad:?}");
         }
     }
 

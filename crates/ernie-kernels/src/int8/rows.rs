@@ -6,6 +6,7 @@ use crate::arch::dot_i8::Tokens;
 use crate::arch::isa::{LANES, mul_add, simd_fn};
 use crate::arch::pool::Pool;
 use crate::memory::Memory;
+use crate::scratch::Scratch;
 
 /// Quantised activations: `[rows, k]` signed bytes, each row with its scale.
 #[derive(Debug)]
@@ -15,12 +16,18 @@ pub struct Rows8 {
     pub(super) stride: usize,
     pub(super) rows: usize,
     pub(super) k: usize,
-    pub(super) scales: Vec<f32>,
-    /// 128 · Σ q of each row: what weights kept as q + 128 add to a sum.
-    pub(super) excess: Vec<i32>,
+    pub(super) of: Vec<OfRow>,
     /// −8 · Σ q of each group of each row, where they were asked for: what takes off the 8 that 4-bit weights are kept with.
     totals: Vec<i32>,
     groups: usize,
+}
+
+/// What belongs to a row beside its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct OfRow {
+    pub scale: f32,
+    /// 128 · Σ q: what weights kept as q + 128 add to a sum.
+    pub excess: i32,
 }
 
 impl Rows8 {
@@ -31,8 +38,7 @@ impl Rows8 {
             stride: 0,
             rows: 0,
             k: 0,
-            scales: Vec::new(),
-            excess: Vec::new(),
+            of: Vec::new(),
             totals: Vec::new(),
             groups: 0,
         }
@@ -50,13 +56,31 @@ impl Rows8 {
         if self.memory.bytes().len() < rows * self.stride {
             self.memory = Memory::zeroed(rows * self.stride).expect("memory for activations");
         }
-        self.scales.resize(rows, 0.0);
-        self.excess.resize(rows, 0);
+        self.of.resize(rows, OfRow::default());
     }
 
     /// Quantises x `[rows, k]`.
     pub fn quantise(&mut self, pool: &Pool, x: &[f32], k: usize) {
-        self.fill(pool, x.len() / k, k, |row, bytes| quantise_row(bytes, &x[row * k..][..k]));
+        self.fill(pool, x.len() / k, k, &mut [], |row, bytes, _| quantise_row(bytes, &x[row * k..][..k]));
+    }
+
+    /// Quantises rms_norm(x)·w, x `[rows, w.len()]`, in one pass; `normalised` gets the values too unless it is empty.
+    ///
+    /// # Panics
+    /// If sizes do not fit.
+    pub fn quantise_norm(&mut self, pool: &Pool, normalised: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+        let h = w.len();
+        assert!(x.len().is_multiple_of(h) && (normalised.is_empty() || normalised.len() == x.len()), "normalised rows are shaped like x");
+        self.fill(pool, x.len() / h, h, normalised, |row, bytes, normalised| {
+            let x = &x[row * h..][..h];
+            if normalised.is_empty() {
+                let mut scratch = Scratch::take(h);
+                norm_row(&mut scratch, x, w, eps);
+                return quantise_row(bytes, &scratch);
+            }
+            norm_row(normalised, x, w, eps);
+            quantise_row(bytes, normalised)
+        });
     }
 
     /// Rows `rows` of `from`, in this order.
@@ -66,30 +90,36 @@ impl Rows8 {
         for (place, &row) in rows.iter().enumerate() {
             let source = &from.memory.bytes()[row as usize * stride..][..stride];
             self.memory.bytes_mut()[place * stride..][..stride].copy_from_slice(source);
-            self.scales[place] = from.scales[row as usize];
-            self.excess[place] = from.excess[row as usize];
+            self.of[place] = from.of[row as usize];
         }
     }
 
-    fn fill(&mut self, pool: &Pool, rows: usize, k: usize, quantise: impl Fn(usize, &mut [u8]) -> (f32, i32) + Sync) {
+    /// Shapes and fills rows; `beside`, empty or `[rows, k]`, is dealt out with them.
+    fn fill(
+        &mut self,
+        pool: &Pool,
+        rows: usize,
+        k: usize,
+        beside: &mut [f32],
+        quantise: impl Fn(usize, &mut [u8], &mut [f32]) -> (f32, i32) + Sync,
+    ) {
         self.shape(rows, k);
         let (stride, per_task) = (self.stride, rows_per_task(rows, pool));
-        // Each task fills a piece of each of three buffers: they are dealt out together.
-        let mut results = std::mem::take(&mut self.scales);
-        let excess: &mut [i32] = &mut self.excess;
         let bytes = &mut self.memory.bytes_mut()[..rows * stride];
-        pool.for_each_pieces(bytes, stride * per_task, &mut results, per_task, excess, |task, bytes, scales, excess| {
-            for (i, bytes) in bytes.chunks_exact_mut(stride).enumerate() {
-                (scales[i], excess[i]) = quantise(task * per_task + i, &mut bytes[..k]);
+        let (beside_size, of_size) = (k * per_task, per_task);
+        pool.for_each_pieces(bytes, stride * per_task, (&mut self.of, of_size), (beside, beside_size), |task, bytes, of, beside| {
+            let mut beside = beside.chunks_exact_mut(k);
+            for ((i, bytes), of) in bytes.chunks_exact_mut(stride).enumerate().zip(of) {
+                let (scale, excess) = quantise(task * per_task + i, &mut bytes[..k], beside.next().unwrap_or_default());
+                *of = OfRow { scale, excess };
                 bytes[k..].fill(0);
             }
         });
-        self.scales = results;
     }
 
     /// The values that the bytes of a row stand for, for tests.
     pub fn dequantised(&self, row: usize) -> Vec<f32> {
-        self.memory.bytes()[row * self.stride..][..self.k].iter().map(|&q| f32::from(q as i8) * self.scales[row]).collect()
+        self.memory.bytes()[row * self.stride..][..self.k].iter().map(|&q| f32::from(q as i8) * self.of[row].scale).collect()
     }
 
     /// Sums of each `group` elements, which products with 4-bit weights need.
@@ -111,8 +141,8 @@ impl Rows8 {
     }
 
     /// Scales of rows.
-    pub(crate) fn scales(&self, rows: Range<usize>) -> &[f32] {
-        &self.scales[rows]
+    pub(crate) fn of(&self, rows: Range<usize>) -> &[OfRow] {
+        &self.of[rows]
     }
 
     /// What [`Rows8::sum_groups`] found for rows.

@@ -156,6 +156,15 @@ fn a_norm_comes_before_the_bytes() {
             assert!((f64::from(*y) - f64::from(*x) * f64::from(*w) / (mean + 1e-5).sqrt()).abs() < 1e-5);
         }
     }
+    // In one pass, with the values and without.
+    for with_values in [true, false] {
+        let (mut at_once, mut values) = (Rows8::new(), vec![0.0; if with_values { x.len() } else { 0 }]);
+        at_once.quantise_norm(&pool, &mut values, &x, &w, 1e-5);
+        assert!(values.is_empty() || values == normalised);
+        for row in 0..20 {
+            assert_eq!((at_once.dequantised(row), at_once.of[row].excess), (rows.dequantised(row), rows.of[row].excess));
+        }
+    }
     let quantised = scalar::quantised(&normalised, 50);
     for row in 0..20 {
         assert_eq!(rows.dequantised(row), quantised[row * 50..][..50]);

@@ -1,0 +1,187 @@
+//! Attention of queries to keys and values in blocks.
+use super::{BLOCK, KvBlocks, Spans};
+use crate::arch::exp::exp;
+use crate::arch::isa::simd_fn;
+use crate::arch::matrix::{Mat, MatMut};
+use crate::arch::pool::Pool;
+use crate::arch::tile::{COLS, ROWS, Update, tile};
+use crate::rope::{self, RopeTable};
+use crate::scratch::Scratch;
+
+/// Causal attention of each row to the positions of its sequence up to its own, which must have been stored: `out` `[rows, q_heads·head_dim]`;
+/// queries are the first `q_heads·head_dim` columns of the rows of `q`, to be turned by the angles of their positions if there is a `rope`. Query head h reads key
+/// head `h / (q_heads / kv_heads)`; scores are scaled by 1/√head_dim.
+///
+/// # Panics
+/// If sizes do not fit.
+#[allow(clippy::too_many_arguments)] // Operands, their place in the cache, and what each row sees.
+pub fn attention(
+    pool: &Pool,
+    out: &mut [f32],
+    q: Mat<'_>,
+    rope: Option<&RopeTable>,
+    kv: &KvBlocks,
+    layer: usize,
+    q_heads: usize,
+    spans: &mut Spans,
+) {
+    assert!(kv.kv_heads > 0 && q_heads.is_multiple_of(kv.kv_heads), "{q_heads} query heads over {} key heads", kv.kv_heads);
+    let (d, group) = (kv.head_dim, q_heads / kv.kv_heads);
+    assert!(q.rows() == spans.rows() && q.cols() >= q_heads * d, "queries for {} rows", spans.rows());
+    spans.cut(group);
+    let spans = &*spans;
+    pool.for_each_block(MatMut::new(out, q.rows(), q_heads * d), &spans.rows, group * d, |task, col, mut out| {
+        let span = &spans.spans[spans.span_of[task]];
+        let rows = spans.rows[task].clone();
+        let start = span.start + rows.start - span.rows.start;
+        let queries = q.rows_of(rows).columns(col..col + group * d);
+        let keys = Keys { kv, layer, head: col / (group * d), blocks: spans.blocks_of(span) };
+        attend(&mut out, queries, rope, keys, start, group);
+    });
+}
+
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    kv: &'a KvBlocks,
+    layer: usize,
+    head: usize,
+    blocks: &'a [u32],
+}
+
+/// One key head: queries `[tokens, group·d]`, the first token at position `start`.
+fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys<'_>, start: usize, group: usize) {
+    let (d, tokens) = (keys.kv.head_dim, q.rows());
+    let (rows, width) = (tokens * group, d.next_multiple_of(COLS));
+    let tiles = rows.div_ceil(ROWS);
+    // Row r is query head r % group of token r / group.
+    let mut packed = Scratch::take(tiles * ROWS * d);
+    packed.fill(0.0);
+    let scale = 1.0 / (d as f32).sqrt();
+    let mut turned = Scratch::take(group * d);
+    for token in 0..tokens {
+        turned.copy_from_slice(&q.row(token)[..group * d]);
+        if let Some(rope) = rope {
+            rope::rotate_row(&mut turned, rope, start + token);
+        }
+        for (row, query) in (token * group..).zip(turned.chunks_exact(d)) {
+            let place = &mut packed[row / ROWS * ROWS * d..][..ROWS * d];
+            for (column, &value) in place.chunks_exact_mut(ROWS).zip(query) {
+                column[row % ROWS] = value * scale;
+            }
+        }
+    }
+    let mut values = Scratch::take(rows * width);
+    values.fill(0.0);
+    let mut state = Scratch::take(2 * rows);
+    let (maxima, sums) = state.split_at_mut(rows);
+    maxima.fill(f32::NEG_INFINITY);
+    sums.fill(0.0);
+    let mut wide = Scratch::take((d + width) * BLOCK);
+    let mut scores = [0.0f32; ROWS * BLOCK];
+
+    let last = start + tokens - 1;
+    for (index, &block) in keys.blocks[..=last / BLOCK].iter().enumerate() {
+        let first_key = index * BLOCK;
+        let (k, v) = keys.kv.load(keys.layer, block, keys.head, &mut wide);
+        for tile_index in 0..tiles {
+            let range = tile_index * ROWS..(tile_index * ROWS + ROWS).min(rows);
+            // Positions of this block that a row sees: at most those its tile's last row sees.
+            let seen = |row: usize| (start + row / group + 1).saturating_sub(first_key).min(BLOCK);
+            let most = seen(range.end - 1);
+            if most == 0 {
+                continue;
+            }
+            let height = range.len();
+            let panel = &packed[tile_index * ROWS * d..][..ROWS * d];
+            scores_of(&mut MatMut::corner(&mut scores, BLOCK, height, BLOCK), panel, k, d);
+            let seen_by: [usize; ROWS] = std::array::from_fn(|i| seen((range.start + i).min(range.end - 1)));
+            let values = &mut values[range.start * width..range.end * width];
+            softmax(&mut scores, &seen_by, &mut maxima[range.clone()], &mut sums[range.clone()], values, width);
+            for (column, v) in v.chunks_exact(BLOCK * COLS).enumerate() {
+                let mut c = MatMut::new(values, height, width);
+                let mut c = c.block(0..height, column * COLS..(column + 1) * COLS);
+                weighted(&mut c, &scores, v, most);
+            }
+        }
+    }
+    for row in 0..rows {
+        let out = &mut out.row_mut(row / group)[row % group * d..][..d];
+        let inverse = 1.0 / sums[row];
+        for (out, value) in out.iter_mut().zip(&values[row * width..]) {
+            *out = value * inverse;
+        }
+    }
+}
+
+/// c = q·kᵀ: queries by element, `[d, 12]`; the tile as high as there are rows.
+fn scores_of(c: &mut MatMut<'_>, q: &[f32], k: &[f32], d: usize) {
+    match c.rows() {
+        1 => tile::<1, 1, ROWS>(c, q, k, d, Update::Set),
+        2 => tile::<2, 1, ROWS>(c, q, k, d, Update::Set),
+        3 | 4 => tile::<4, 1, ROWS>(c, q, k, d, Update::Set),
+        5..=8 => tile::<8, 1, ROWS>(c, q, k, d, Update::Set),
+        _ => tile::<ROWS, 1, ROWS>(c, q, k, d, Update::Set),
+    }
+}
+
+/// c += p·v: probabilities `[12, 32]`, values `[32, 32]` of which the first `seen` positions count.
+fn weighted(c: &mut MatMut<'_>, p: &[f32], v: &[f32], seen: usize) {
+    match c.rows() {
+        1 => tile::<1, BLOCK, 1>(c, p, v, seen, Update::Add),
+        2 => tile::<2, BLOCK, 1>(c, p, v, seen, Update::Add),
+        3 | 4 => tile::<4, BLOCK, 1>(c, p, v, seen, Update::Add),
+        5..=8 => tile::<8, BLOCK, 1>(c, p, v, seen, Update::Add),
+        _ => tile::<ROWS, BLOCK, 1>(c, p, v, seen, Update::Add),
+    }
+}
+
+/// The two halves of an array, combined element by element.
+#[inline(always)]
+fn halve<const N: usize, const HALF: usize>(values: [f32; N], combine: impl Fn(f32, f32) -> f32) -> [f32; HALF] {
+    const { assert!(N == 2 * HALF) };
+    let mut halves = [0.0; HALF];
+    for i in 0..HALF {
+        halves[i] = combine(values[i], values[i + HALF]);
+    }
+    halves
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+simd_fn! {
+    /// The scores of a tile's rows become weights against each row's largest score so far; what was summed before is brought to the same base. Row by row
+    /// for itself, all in one call: a call for each took twice as long.
+    fn softmax<FMA>(scores: &mut [f32], seen: &[usize; ROWS], maxima: &mut [f32], sums: &mut [f32], values: &mut [f32], width: usize) {
+        let add = |a: f32, b: f32| a + b;
+        let rows = scores.chunks_exact_mut(BLOCK).zip(maxima).zip(sums).zip(values.chunks_exact_mut(width)).zip(seen);
+        for ((((scores, max), sum), values), &seen) in rows {
+            let scores: &mut [f32; BLOCK] = scores.try_into().expect("a block of scores");
+            if seen < BLOCK {
+                for (i, score) in scores.iter_mut().enumerate() {
+                    *score = if i < seen { *score } else { f32::NEG_INFINITY };
+                }
+            }
+            let most = halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, larger), larger), larger), larger), larger)[0];
+            if most > *max {
+                let shrink = exp::<FMA>(*max - most);
+                *sum *= shrink;
+                for value in values.iter_mut() {
+                    *value *= shrink;
+                }
+                *max = most;
+            }
+            for score in scores.iter_mut() {
+                *score = exp::<FMA>(*score - *max);
+            }
+            if seen < BLOCK {
+                for (i, score) in scores.iter_mut().enumerate() {
+                    *score = if i < seen { *score } else { 0.0 };
+                }
+            }
+            *sum += halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, add), add), add), add), add)[0];
+        }
+    }
+}
