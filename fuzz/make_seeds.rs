@@ -38,9 +38,9 @@ fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 fn models(seeds: &Path) -> Result<(), Box<dyn Error>> {
-    for (name, config, dtype) in ernie_fuzz::models() {
+    for (name, config, form) in ernie_fuzz::models() {
         let model = tempfile::tempdir()?;
-        ernie_fuzz::write_model(model.path(), &config, dtype)?;
+        ernie_fuzz::write_model(model.path(), &config, form)?;
         write(&seeds.join("config").join(name), &fs::read(model.path().join("config.json"))?)?;
         write(&seeds.join("safetensors").join(name), &fs::read(model.path().join("model.safetensors"))?)?;
     }

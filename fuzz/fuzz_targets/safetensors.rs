@@ -13,8 +13,8 @@ static DIRECTORY: LazyLock<TempDir> = LazyLock::new(|| {
     // Memory, where there is such a place: every input is written.
     let memory = Path::new("/dev/shm");
     let directory = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.expect("a folder");
-    for (name, config, dtype) in ernie_fuzz::models() {
-        ernie_fuzz::write_model(&directory.path().join(name), &config, dtype).expect("a model");
+    for (name, config, form) in ernie_fuzz::models() {
+        ernie_fuzz::write_model(&directory.path().join(name), &config, form).expect("a model");
     }
     directory
 });

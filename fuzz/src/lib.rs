@@ -1,12 +1,24 @@
 //! What several targets share: tiny models, and what every tokenizer promises.
 
 use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::path::Path;
 
-use ernie_checkpoint::{Config, Error, Family, SaveDtype, SaveOptions, Tokenizer, save};
+use ernie_checkpoint::{
+    Checkpoint, Config, Error, Family, QuantizeOptions, QuantizeScheme, SaveDtype, SaveOptions, Tokenizer, quantize, save,
+};
 
-/// Models of less than a KB of weights: name, config, and how the weights are stored.
-pub fn models() -> [(&'static str, Config, SaveDtype); 3] {
+/// How weights are stored.
+#[derive(Clone, Copy)]
+pub enum Form {
+    /// As [`save`] writes them.
+    Saved(SaveDtype),
+    /// With experts of 4 bits.
+    W4a8,
+}
+
+/// Models of a few KB of weights: name, config, and how the weights are stored.
+pub fn models() -> [(&'static str, Config, Form); 4] {
     let tiny = |family| {
         let mut config = Config::defaults(family);
         config.hidden_size = 4;
@@ -28,17 +40,34 @@ pub fn models() -> [(&'static str, Config, SaveDtype); 3] {
         experts.top_k = 2;
         experts.intermediate_size = 2;
     }
-    [("dense", dense.clone(), SaveDtype::F32), ("dense_int8", dense, SaveDtype::Int8PerChannel), ("moe", moe, SaveDtype::Bf16)]
+    // Rows that groups of 32 divide.
+    let mut wide = moe.clone();
+    wide.hidden_size = 32;
+    if let Some(experts) = &mut wide.moe {
+        (experts.num_experts, experts.intermediate_size, experts.num_shared_experts) = (2, 32, 0);
+    }
+    [
+        ("dense", dense.clone(), Form::Saved(SaveDtype::F32)),
+        ("dense_int8", dense, Form::Saved(SaveDtype::Int8PerChannel)),
+        ("moe", moe, Form::Saved(SaveDtype::Bf16)),
+        ("moe_int4", wide, Form::W4a8),
+    ]
 }
 
 /// Writes config.json and model.safetensors of a model.
-pub fn write_model(directory: &Path, config: &Config, dtype: SaveDtype) -> Result<(), Error> {
+pub fn write_model(directory: &Path, config: &Config, form: Form) -> Result<(), Error> {
     let specs = config.tensor_specs().into_iter().filter(|spec| !(config.tie_word_embeddings && spec.name == "lm_head.weight"));
     let tensors = specs.map(|spec| {
         let values = (0..spec.shape.iter().product()).map(|i: usize| (i % 7) as f32 - 3.0).collect();
         (spec.name, spec.shape, Cow::Owned(values))
     });
-    save(directory, config, tensors, &SaveOptions { dtype, max_shard_bytes: u64::MAX })
+    let dtype = if let Form::Saved(dtype) = form { dtype } else { SaveDtype::F32 };
+    save(directory, config, tensors, &SaveOptions { dtype, max_shard_bytes: u64::MAX })?;
+    if let Form::W4a8 = form {
+        let options = QuantizeOptions { scheme: QuantizeScheme::W4a8 { group: 32 }, ..QuantizeOptions::default() };
+        quantize(&Checkpoint::open(directory)?, None, directory, options, &mut |_| ControlFlow::Continue(()))?;
+    }
+    Ok(())
 }
 
 /// Encodes, decodes and streams; no id is larger than the tokenizer says, and a stream gives the text of the whole.
