@@ -2,7 +2,7 @@
 //!
 //! A block holds [`BLOCK`] positions of one sequence, for all layers and key heads; a sequence's blocks may lie anywhere and may be shared. Inside a
 //! block keys stand by element (`[head_dim, 32]`), so that one register holds a word of sixteen positions, and values by position in tiles of 32
-//! elements. Softmax runs block by block (arXiv 1805.02867), each row for itself in ascending order of absolute positions: a query's result is the
+//! elements; in bf16 two elements of a key and two positions of a value share a word, as the instruction for their products wants them. Softmax runs block by block (arXiv 1805.02867), each row for itself in ascending order of absolute positions: a query's result is the
 //! same bits whatever other queries are computed with it.
 mod attention;
 
@@ -86,6 +86,12 @@ impl KvBlocks {
         }
     }
 
+    /// Keys `[head_dim / 2, 32]` and values `[tiles, 16, 32]` as words of two bf16, where they are kept so.
+    fn words(&self, layer: usize, block: u32, head: usize) -> (&[u32], &[u32]) {
+        let region = &self.memory.bytes()[self.region(layer, block, head)];
+        bytemuck::cast_slice(region).split_at(self.head_dim / 2 * BLOCK)
+    }
+
     /// Keys `[head_dim, 32]` and values `[tiles, 32, 32]` in f32: borrowed where they are kept so, else widened into `scratch`.
     fn load<'a>(&'a self, layer: usize, block: u32, head: usize, scratch: &'a mut [f32]) -> (&'a [f32], &'a [f32]) {
         let region = &self.memory.bytes()[self.region(layer, block, head)];
@@ -116,12 +122,23 @@ fn store(region: &mut [u8], dtype: KvDtype, offset: usize, keys: &[f32], values:
     match dtype {
         KvDtype::F32 => {
             let (k, v) = bytemuck::cast_slice_mut::<u8, f32>(region).split_at_mut(d * BLOCK);
-            scatter(k, v, offset, offset, keys, values, |x| x);
+            for (element, (&key, &value)) in keys.iter().zip(values).enumerate() {
+                k[element * BLOCK + offset] = key;
+                v[value_place(element, offset)] = value;
+            }
         }
         KvDtype::Bf16 => {
             let (k, v) = bytemuck::cast_slice_mut::<u8, bf16>(region).split_at_mut(d * BLOCK);
-            // Position j shares a word with position j + 16, so that both halves of a word widen to neighbours.
-            scatter(k, v, interleaved(offset), offset, keys, values, bf16::from_f32);
+            // What is added up stands in pairs: two elements of a key, a value's element at two positions.
+            for (element, (&key, &value)) in keys.iter().zip(values).enumerate() {
+                k[(element / 2 * BLOCK + offset) * 2 + element % 2] = bf16::from_f32(key);
+                let word = (element / COLS * (BLOCK / 2) + offset / 2) * COLS + element % COLS;
+                v[2 * word + offset % 2] = bf16::from_f32(value);
+                if offset.is_multiple_of(2) {
+                    // Multiplied by zero until its position comes: it must be a number.
+                    v[2 * word + 1] = bf16::ZERO;
+                }
+            }
         }
         KvDtype::Int8 => {
             let (bytes, scales) = region.split_at_mut((d + d.next_multiple_of(COLS)) * BLOCK);
@@ -135,7 +152,7 @@ fn store(region: &mut [u8], dtype: KvDtype, offset: usize, keys: &[f32], values:
                 k[element * BLOCK + offset] = (key * key_inverse).round_ties_even() as i8;
             }
             for (element, value) in values.iter().enumerate() {
-                v[value_place(element, offset, element % COLS)] = (value * value_inverse).round_ties_even() as i8;
+                v[value_place(element, offset)] = (value * value_inverse).round_ties_even() as i8;
             }
         }
     }
@@ -181,25 +198,9 @@ fn region_bytes(head_dim: usize, dtype: KvDtype) -> usize {
     }
 }
 
-/// Place of position (or element) j < 32 among bf16 words.
-fn interleaved(j: usize) -> usize {
-    j % 16 * 2 + j / 16
-}
-
-/// Where an element of a value stands: `[element / 32, position, place in the run of 32]`.
-fn value_place(element: usize, position: usize, place: usize) -> usize {
-    (element / COLS * BLOCK + position) * COLS + place
-}
-
-fn scatter<T>(k: &mut [T], v: &mut [T], key_offset: usize, offset: usize, keys: &[f32], values: &[f32], convert: impl Fn(f32) -> T) {
-    let plain = key_offset == offset && size_of::<T>() == 4;
-    for (element, &key) in keys.iter().enumerate() {
-        k[element * BLOCK + key_offset] = convert(key);
-    }
-    for (element, &value) in values.iter().enumerate() {
-        let place = if plain { element % COLS } else { interleaved(element % COLS) };
-        v[value_place(element, offset, place)] = convert(value);
-    }
+/// Where an element of a value stands: `[element / 32, position, element % 32]`.
+fn value_place(element: usize, position: usize) -> usize {
+    (element / COLS * BLOCK + position) * COLS + element % COLS
 }
 
 /// A row's largest magnitude / 127; NaN if there is something that is no number, so that it shows.

@@ -42,7 +42,8 @@ fn experts_may_have_four_bits() {
     let logits = |flags: &[&str]| ernie([&["logits", "--ids", "270,300,280", "--last", "3"], flags].concat()).ok();
     assert_ne!(logits(&["--model", &out]), logits(&["--model", &eight]));
     assert_ne!(logits(&["--model", &out]), logits(&["--model", &out, "--weights", "f32"]));
-    ernie(["quantize", &model, &path(&dir, "x"), "--scheme", "w4a8", "--group-size", "64"]).fails(1, &["rows of 32", "groups of 64", "8 bits"]);
+    ernie(["quantize", &model, &path(&dir, "x"), "--scheme", "w4a8", "--group-size", "64"])
+        .fails(1, &["rows of 32", "groups of 64", "8 bits"]);
     ernie(["quantize", &model, &path(&dir, "x"), "--scheme", "w4a8", "--group-size", "48"]).fails(2, &["--group-size", "32, 64, 128"]);
     ernie(["quantize", &model, &path(&dir, "x"), "--group-size", "64"]).fails(1, &["--group-size", "--scheme w4a8"]);
 }

@@ -1,5 +1,6 @@
 //! Instruction sets, chosen once at run time.
 pub mod dot;
+pub mod dot_bf16;
 pub mod dot_i4;
 pub mod dot_i8;
 pub mod exp;

@@ -1,10 +1,12 @@
 //! Attention of queries to keys and values in blocks.
-use super::{BLOCK, KvBlocks, Spans};
+use super::{BLOCK, KvBlocks, KvDtype, Spans};
+use crate::arch::dot_bf16;
 use crate::arch::exp::exp;
 use crate::arch::isa::simd_fn;
 use crate::arch::matrix::{Mat, MatMut};
 use crate::arch::pool::Pool;
 use crate::arch::tile::{COLS, ROWS, Update, tile};
+use crate::arch::widen::narrow_pairs;
 use crate::rope::{self, RopeTable};
 use crate::scratch::Scratch;
 
@@ -57,16 +59,23 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
     let mut packed = Scratch::take(tiles * ROWS * d);
     packed.fill(0.0);
     let scale = 1.0 / (d as f32).sqrt();
-    let mut turned = Scratch::take(group * d);
+    // Where the processor multiplies bf16 and the cache holds it, queries and probabilities are rounded to it too, for twice the speed.
+    let native = keys.kv.dtype == KvDtype::Bf16 && dot_bf16::is_available();
+    let (mut turned, mut words) = (Scratch::take(group * d), Scratch::take(d / 2));
     for token in 0..tokens {
         turned.copy_from_slice(&q.row(token)[..group * d]);
         if let Some(rope) = rope {
             rope::rotate_row(&mut turned, rope, start + token);
         }
+        turned.iter_mut().for_each(|x| *x *= scale);
         for (row, query) in (token * group..).zip(turned.chunks_exact(d)) {
-            let place = &mut packed[row / ROWS * ROWS * d..][..ROWS * d];
-            for (column, &value) in place.chunks_exact_mut(ROWS).zip(query) {
-                column[row % ROWS] = value * scale;
+            if native {
+                narrow_pairs(bytemuck::cast_slice_mut(&mut words), query);
+                let words: &[u32] = bytemuck::cast_slice(&words);
+                let place = &mut bytemuck::cast_slice_mut(&mut packed)[row / ROWS * ROWS * words.len()..][..ROWS * words.len()];
+                column_of(place, row % ROWS, words);
+            } else {
+                column_of(&mut packed[row / ROWS * ROWS * d..][..ROWS * d], row % ROWS, query);
             }
         }
     }
@@ -78,11 +87,14 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
     sums.fill(0.0);
     let mut wide = Scratch::take((d + width) * BLOCK);
     let mut scores = [0.0f32; ROWS * BLOCK];
+    let mut rounded = [0u32; ROWS * BLOCK / 2];
+    let packed_words: &[u32] = bytemuck::cast_slice(&packed);
 
     let last = start + tokens - 1;
     for (index, &block) in keys.blocks[..=last / BLOCK].iter().enumerate() {
         let first_key = index * BLOCK;
-        let (k, v) = keys.kv.load(keys.layer, block, keys.head, &mut wide);
+        let (k, v) = if native { (&[][..], &[][..]) } else { keys.kv.load(keys.layer, block, keys.head, &mut wide) };
+        let (k_words, v_words) = if native { keys.kv.words(keys.layer, block, keys.head) } else { (&[][..], &[][..]) };
         for tile_index in 0..tiles {
             let range = tile_index * ROWS..(tile_index * ROWS + ROWS).min(rows);
             // Positions of this block that a row sees: at most those its tile's last row sees.
@@ -92,15 +104,26 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
                 continue;
             }
             let height = range.len();
-            let panel = &packed[tile_index * ROWS * d..][..ROWS * d];
-            scores_of(&mut MatMut::corner(&mut scores, BLOCK, height, BLOCK), panel, k, d);
+            let mut corner = MatMut::corner(&mut scores, BLOCK, height, BLOCK);
+            if native {
+                scores_of_words(&mut corner, &packed_words[tile_index * ROWS * (d / 2)..][..ROWS * (d / 2)], k_words, d / 2);
+            } else {
+                scores_of(&mut corner, &packed[tile_index * ROWS * d..][..ROWS * d], k, d);
+            }
             let seen_by: [usize; ROWS] = std::array::from_fn(|i| seen((range.start + i).min(range.end - 1)));
             let values = &mut values[range.start * width..range.end * width];
             softmax(&mut scores, &seen_by, &mut maxima[range.clone()], &mut sums[range.clone()], values, width);
-            for (column, v) in v.chunks_exact(BLOCK * COLS).enumerate() {
+            if native {
+                narrow_pairs(&mut rounded[..height * BLOCK / 2], &scores[..height * BLOCK]);
+            }
+            for column in 0..width / COLS {
                 let mut c = MatMut::new(values, height, width);
                 let mut c = c.block(0..height, column * COLS..(column + 1) * COLS);
-                weighted(&mut c, &scores, v, most);
+                if native {
+                    weighted_words(&mut c, &rounded, &v_words[column * BLOCK / 2 * COLS..][..BLOCK / 2 * COLS], most.div_ceil(2));
+                } else {
+                    weighted(&mut c, &scores, &v[column * BLOCK * COLS..][..BLOCK * COLS], most);
+                }
             }
         }
     }
@@ -110,6 +133,35 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
         for (out, value) in out.iter_mut().zip(&values[row * width..]) {
             *out = value * inverse;
         }
+    }
+}
+
+/// Puts a row's elements into column `row` of `[elements, 12]`.
+fn column_of<T: Copy>(place: &mut [T], row: usize, elements: &[T]) {
+    for (column, &element) in place.chunks_exact_mut(ROWS).zip(elements) {
+        column[row] = element;
+    }
+}
+
+/// [`scores_of`] of words of two bf16: `[pairs, 12]` and `[pairs, 32]`.
+fn scores_of_words(c: &mut MatMut<'_>, q: &[u32], k: &[u32], pairs: usize) {
+    match c.rows() {
+        1 => dot_bf16::tile::<1, 1, ROWS>(c, q, k, pairs, Update::Set),
+        2 => dot_bf16::tile::<2, 1, ROWS>(c, q, k, pairs, Update::Set),
+        3 | 4 => dot_bf16::tile::<4, 1, ROWS>(c, q, k, pairs, Update::Set),
+        5..=8 => dot_bf16::tile::<8, 1, ROWS>(c, q, k, pairs, Update::Set),
+        _ => dot_bf16::tile::<ROWS, 1, ROWS>(c, q, k, pairs, Update::Set),
+    }
+}
+
+/// [`weighted`] of words of two bf16: `[12, 16]` and `[16, 32]`, of which the first `pairs` count.
+fn weighted_words(c: &mut MatMut<'_>, p: &[u32], v: &[u32], pairs: usize) {
+    match c.rows() {
+        1 => dot_bf16::tile::<1, { BLOCK / 2 }, 1>(c, p, v, pairs, Update::Add),
+        2 => dot_bf16::tile::<2, { BLOCK / 2 }, 1>(c, p, v, pairs, Update::Add),
+        3 | 4 => dot_bf16::tile::<4, { BLOCK / 2 }, 1>(c, p, v, pairs, Update::Add),
+        5..=8 => dot_bf16::tile::<8, { BLOCK / 2 }, 1>(c, p, v, pairs, Update::Add),
+        _ => dot_bf16::tile::<ROWS, { BLOCK / 2 }, 1>(c, p, v, pairs, Update::Add),
     }
 }
 
