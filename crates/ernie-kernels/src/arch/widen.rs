@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn pairs_are_rounded_to_nearest_even() {
         let mut x: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.731).sin() * 10f32.powi(i % 60 - 30)).collect();
-        x.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE / 4.0, 1.00390625, 1.01171875]);
+        x.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE / 4.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
         let mut words = vec![0; x.len() / 2];
         narrow_pairs(&mut words, &x);
         for (pair, word) in x.chunks(2).zip(&words) {
