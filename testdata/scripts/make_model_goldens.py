@@ -56,6 +56,10 @@ CONFIGS = {
                           moe_num_experts=5, moe_intermediate_size=7, moe_num_shared_experts=1, moe_layer_start_index=0,
                           tie_word_embeddings=False),
     "moe_mtp": MOE | dict(num_hidden_layers=2, num_nextn_predict_layers=1),
+    # Mechanisms that the released models do not have, under the key of our own.
+    "dense_local": DENSE | dict(num_key_value_heads=2, num_hidden_layers=3, ernie_rs={
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 5}),
+    "moe_local": MOE | dict(ernie_rs={"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 3}),
 }
 PACKED_GRADIENTS = {"dense_untied_gqa", "moe_k2"}
 
@@ -99,6 +103,21 @@ class Mtp(torch.nn.Module):
         return model.lm_head(model.model.norm(x))
 
 
+def see_windows(model, own):
+    """Layers whose tokens see the last `sliding_window` tokens, themselves included: transformers' attention under a narrower mask."""
+
+    def narrow(_, arguments, named):
+        mask = named["attention_mask"]
+        queries, keys = mask.shape[-2:]
+        back = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
+        named["attention_mask"] = mask.masked_fill(back >= own["sliding_window"], torch.finfo(mask.dtype).min)
+        return arguments, named
+
+    for layer, kind in zip(model.model.layers, own["layer_types"]):
+        if kind == "sliding_attention":
+            layer.self_attn.register_forward_pre_hook(narrow, with_kwargs=True)
+
+
 def build(settings):
     settings = {k: v for k, v in settings.items() if v is not None}
     if "rope_theta" in settings:
@@ -111,6 +130,8 @@ def build(settings):
     assert model.config._attn_implementation == "eager"
     if getattr(config, "num_nextn_predict_layers", 0):
         model.mtp = Mtp(config)
+    if own := getattr(config, "ernie_rs", None):
+        see_windows(model, own)
     return model.float().train()  # the family has no dropout
 
 

@@ -29,7 +29,10 @@ mod validate;
 pub use atomic::{AtomicFile, atomic_write};
 pub use chat_template::{ChatTemplate, ChatTemplateError, ChatTemplateOptions, Message};
 pub use checkpoint::{Checkpoint, EmbeddedFiles};
-pub use config::{Config, Family, HiddenAct, MlpKind, MoeConfig, ParameterCounts, Quantization, VisionConfig, VisionExperts, VlConfig};
+pub use config::{
+    AttentionKind, Config, Family, HiddenAct, Mechanisms, MlpKind, MoeConfig, ParameterCounts, Quantization, VisionConfig, VisionExperts,
+    VlConfig,
+};
 pub use error::{Error, Result};
 pub use layout::Layout;
 pub use mapped::MappedFile;

@@ -27,7 +27,7 @@ use crate::outcome::{self, Outcome};
         ernie bench --model path/to/model --weights int8   rounded to 8 bits while loading\n  \
         ernie bench --model path/to/model --json\n\n\
         --json prints one object: limits {bandwidth_gb_s, int8_gop_s, f32_gflop_s}, prefill {tokens_per_s, min, max, share_of_limit}, decode \
-        (the same by batch size), first_token_s, load_s, peak_rss_mib."
+        (the same by batch size), kv_cache_mib (keys and values of the largest batch at the end), first_token_s, load_s, peak_rss_mib."
 )]
 pub struct BenchArguments {
     #[command(flatten)]
@@ -40,6 +40,9 @@ pub struct BenchArguments {
     /// Tokens generated for each request
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     tg: u32,
+    /// Tokens of the prompts that are continued: short, so that it is generation that is measured, or long, to measure it far into a text
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    context: u32,
     /// Requests generated together, a run for each number
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 8, 16], value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch: Vec<u32>,
@@ -59,6 +62,7 @@ struct Output {
     limits: LimitsOutput,
     prefill: Rate,
     decode: BTreeMap<u32, Rate>,
+    kv_cache_mib: f64,
     first_token_s: f64,
     load_s: f64,
     peak_rss_mib: Option<f64>,
@@ -86,10 +90,10 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     let working = interrupt.begin();
     let stop = || if interrupt.stopped() { Err(anyhow::Error::from(Outcome::Interrupted)) } else { Ok(()) };
     let name = arguments.model.name();
-    let (pp, tg) = (arguments.pp as usize, arguments.tg as usize);
+    let (pp, tg, context) = (arguments.pp as usize, arguments.tg as usize, arguments.context as usize);
     let most = arguments.model.config()?.max_position_embeddings;
-    if pp > most || tg + SHORT_PROMPT > most {
-        return Err(outcome::usage(format!("--pp {pp}, --tg {tg}: {name} was made for at most {most} tokens")));
+    if pp > most || tg + context > most {
+        return Err(outcome::usage(format!("--pp {pp}, --tg {tg}, --context {context}: {name} was made for at most {most} tokens")));
     }
     let pool = ernie_engine::Pool::new(rayon::current_num_threads());
     let before = Limits::measure(&pool)?;
@@ -112,14 +116,14 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         prefills.push(pp as f64 / prefill(&mut session, pp)?);
     }
     drop(session);
-    let mut decodes = BTreeMap::new();
+    let (mut decodes, mut kv_bytes) = (BTreeMap::new(), 0);
     for &batch in &arguments.batch {
         let mut rates = Vec::new();
-        let mut engine = engine(&model, batch as usize, tg)?;
-        decode(&mut engine, batch as usize, tg)?;
+        let mut engine = engine(&model, batch as usize, context, tg)?;
+        kv_bytes = kv_bytes.max(decode(&mut engine, batch as usize, context, tg)?.kv_bytes);
         for _ in 0..arguments.repeat {
             stop()?;
-            rates.push((tg * batch as usize) as f64 / decode(&mut engine, batch as usize, tg)?);
+            rates.push((tg * batch as usize) as f64 / decode(&mut engine, batch as usize, context, tg)?.seconds);
         }
         decodes.insert(batch, rates);
     }
@@ -133,7 +137,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     };
     let cost = Cost::of(&model);
     let decode = decodes.into_iter().map(|(batch, rates)| {
-        let limit = f64::from(batch) / cost.decode_seconds(&limits, batch as usize, SHORT_PROMPT as f64 + tg as f64 / 2.0);
+        let limit = f64::from(batch) / cost.decode_seconds(&limits, batch as usize, context as f64 + tg as f64 / 2.0);
         (batch, Rate::of(rates, limit))
     });
     let output = Output {
@@ -141,12 +145,13 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         threads: model.threads(),
         prefill: Rate::of(prefills, pp as f64 / cost.prefill_seconds(&limits, pp)),
         decode: decode.collect(),
+        kv_cache_mib: kv_bytes as f64 / f64::from(1 << 20),
         limits: LimitsOutput { bandwidth_gb_s: limits.bandwidth_gb_s, int8_gop_s: limits.int8_gop_s, f32_gflop_s: limits.f32_gflop_s },
         first_token_s,
         load_s,
         peak_rss_mib,
     };
-    let text = if arguments.json { serde_json::to_string(&output)? + "\n" } else { output.table(pp, tg) };
+    let text = if arguments.json { serde_json::to_string(&output)? + "\n" } else { output.table(pp, tg, context) };
     std::io::stdout().lock().write_all(text.as_bytes())?;
     Ok(())
 }
@@ -166,39 +171,45 @@ fn prefill(session: &mut Session<'_>, count: usize) -> anyhow::Result<f64> {
     Ok(began.elapsed().as_secs_f64())
 }
 
-/// Tokens of the prompts that are continued: short, so that it is generation that is measured.
-const SHORT_PROMPT: usize = 8;
-
-/// An engine for `batch` requests of `count` tokens.
-fn engine(model: &Arc<Model>, batch: usize, count: usize) -> anyhow::Result<Engine> {
+/// An engine for `batch` requests of `count` tokens after a prompt of `context`.
+fn engine(model: &Arc<Model>, batch: usize, context: usize, count: usize) -> anyhow::Result<Engine> {
     let options = EngineOptions {
         max_batch_size: batch,
-        token_budget: batch * SHORT_PROMPT,
+        token_budget: batch * context,
         drafts: DraftOptions { max_tokens: 0 },
         prefix_cache: false,
         // Room for all of them, so that nobody is put off.
         cache_bytes: usize::MAX,
-        max_len: count + SHORT_PROMPT,
+        max_len: count + context,
         ..EngineOptions::default()
     };
     Ok(Engine::new(Arc::clone(model), options)?)
 }
 
-/// Seconds for `count` tokens for each of `batch` requests, from the second token on.
-fn decode(engine: &mut Engine, batch: usize, count: usize) -> anyhow::Result<f64> {
+/// What generating came to.
+struct Decoded {
+    seconds: f64,
+    /// Keys and values in use, at most.
+    kv_bytes: usize,
+}
+
+/// `count` tokens for each of `batch` requests, from the second token on.
+fn decode(engine: &mut Engine, batch: usize, context: usize, count: usize) -> anyhow::Result<Decoded> {
     for seed in 0..batch {
         let params = SamplingParams { max_tokens: count + 1, ignore_eos: true, ..SamplingParams::greedy() };
-        let prompt = tokens(engine.model(), SHORT_PROMPT, seed);
+        let prompt = tokens(engine.model(), context, seed);
         engine.submit(Request { prompt, params, logprobs: false })?;
     }
     engine.step();
+    let mut kv_bytes = engine.kv_bytes_in_use();
     let began = Instant::now();
     while !engine.is_idle() {
+        kv_bytes = kv_bytes.max(engine.kv_bytes_in_use());
         if let Some(EngineEvent::Failed { token, value, .. }) = engine.step().iter().find(|e| matches!(e, EngineEvent::Failed { .. })) {
             anyhow::bail!("the logit of token {token} is {value}: the model's weights are damaged (try `ernie inspect`)");
         }
     }
-    Ok(began.elapsed().as_secs_f64())
+    Ok(Decoded { seconds: began.elapsed().as_secs_f64(), kv_bytes })
 }
 
 impl Rate {
@@ -210,7 +221,7 @@ impl Rate {
 }
 
 impl Output {
-    fn table(&self, pp: usize, tg: usize) -> String {
+    fn table(&self, pp: usize, tg: usize, context: usize) -> String {
         let mut out = String::new();
         let limits = &self.limits;
         let _ = writeln!(out, "{}, {} threads", self.model, self.threads);
@@ -230,7 +241,9 @@ impl Output {
             let requests = if *batch == 1 { "1 request".to_owned() } else { format!("{batch} requests together") };
             line(format!("{tg} tokens, {requests}"), rate);
         }
-        let _ = writeln!(out, "\nloaded in {:.2} s, first token of a short prompt after {:.2} s", self.load_s, self.first_token_s);
+        let batch = self.decode.keys().max().copied().unwrap_or(0);
+        let _ = writeln!(out, "\nkeys and values of {} tokens for each of {batch}: {:.1} MiB", context + tg, self.kv_cache_mib);
+        let _ = writeln!(out, "loaded in {:.2} s, first token of a short prompt after {:.2} s", self.load_s, self.first_token_s);
         if let Some(mib) = self.peak_rss_mib {
             let _ = writeln!(out, "peak memory {mib:.0} MiB");
         }

@@ -62,6 +62,8 @@ struct Description {
     parameters: Parameters,
     memory_bytes: ByDtype,
     kv_bytes_per_token: ByDtype,
+    /// Of layers that see a window only, for a whole text.
+    kv_bytes_of_window: ByDtype,
     stored_bytes: Option<u64>,
     stored_layout: Option<&'static str>,
 }
@@ -194,17 +196,18 @@ fn describe(config: &Config, checkpoint: Option<&Checkpoint>) -> Description {
         }),
         parameters: Parameters { total, active, embedding, head, mtp, vision },
         memory_bytes: weight_bytes(config, checkpoint),
-        kv_bytes_per_token: ByDtype {
-            f32: config.kv_bytes_per_token(4),
-            bf16: config.kv_bytes_per_token(2),
-            int8: config.kv_bytes_per_token(1),
-        },
+        kv_bytes_per_token: by_dtype(|bytes| config.kv_bytes_per_token(bytes)),
+        kv_bytes_of_window: by_dtype(|bytes| config.kv_bytes_of_window(bytes)),
         stored_bytes: checkpoint.map(Checkpoint::file_bytes),
         stored_layout: checkpoint.map(|checkpoint| match checkpoint.layout() {
             Layout::HuggingFace => "hugging_face",
             Layout::Paddle => "paddle",
         }),
     }
+}
+
+fn by_dtype(bytes_of: impl Fn(usize) -> u64) -> ByDtype {
+    ByDtype { f32: bytes_of(4), bf16: bytes_of(2), int8: bytes_of(1) }
 }
 
 /// Memory of all weights: those that the model must have, and the optional ones that the checkpoint has.
@@ -277,6 +280,10 @@ fn table(findings: &Findings) -> String {
         }
         let kv = &d.kv_bytes_per_token;
         row("KV per token", format!("{} as f32, {} as bf16", bytes(kv.f32), bytes(kv.bf16)));
+        let window = &d.kv_bytes_of_window;
+        if window.f32 > 0 {
+            row("KV of windows", format!("{} as f32, {} as bf16", bytes(window.f32), bytes(window.bf16)));
+        }
     }
     if let Some(tensors) = &findings.tensors {
         let width = tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);

@@ -6,15 +6,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use ernie_kernels::logits as kernels;
-use ernie_kernels::paged::{BLOCK, KvBlocks};
+use ernie_kernels::paged::BLOCK;
 
+use crate::cache::CacheLayout;
 use crate::drafts::{DraftOptions, Drafter};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
 use crate::model::Model;
 use crate::runner::Runner;
 use crate::sampler::{Sampler, SamplingParams};
-use crate::scheduler::{Plan, Scheduler, SchedulerOptions, SequenceId, Stats};
+use crate::scheduler::{Plan, Scheduler, SchedulerOptions, SequenceId, Stats, WindowOptions};
 
 /// How an engine works. `Default` is for a server on a small machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +129,41 @@ pub struct Engine {
     draft_stats: DraftStats,
 }
 
+/// How many blocks of either kind the cache's memory is: those of windows for all requests that run together and as many again for known texts, if that is
+/// not too much; the rest for the layers that see everything.
+fn share_out(options: &EngineOptions, layout: &CacheLayout, max_len: usize) -> Result<(usize, Option<WindowOptions>)> {
+    let small = || {
+        let got = options.cache_bytes.to_string();
+        Err(Error::Parameter {
+            field: "cache_bytes",
+            expected: "room for a block of 32 positions, and for a window and two blocks where the model has one",
+            got,
+        })
+    };
+    let (block, window_block) = (layout.block_bytes(), layout.window_block_bytes());
+    let longest = max_len.div_ceil(BLOCK);
+    // More than all sequences together could fill are of no use.
+    let most = if options.prefix_cache { usize::MAX } else { options.max_batch_size.saturating_mul(longest) };
+    let mut bytes = options.cache_bytes;
+    let mut windows = None;
+    if let Some(window) = layout.window {
+        let fewest = WindowOptions::fewest(window, BLOCK);
+        let each = (window + options.token_budget).div_ceil(BLOCK) + 1;
+        let wanted = options.max_batch_size.saturating_mul(2 * each.min(longest + 1)).max(fewest);
+        // No more of them than of the others, which each of them has beside it.
+        let blocks = wanted.min(bytes / (block + window_block)).min(most.max(fewest));
+        if blocks < fewest {
+            return small();
+        }
+        bytes -= blocks * window_block;
+        windows = Some(WindowOptions { window, blocks });
+    }
+    // Where all layers have windows, blocks of the others are numbers without memory.
+    let blocks = bytes.checked_div(block).unwrap_or(options.max_batch_size.saturating_mul(2 * longest));
+    let blocks = blocks.min(most);
+    if blocks == 0 { small() } else { Ok((blocks, windows)) }
+}
+
 /// A request on its way.
 #[derive(Debug)]
 struct Active {
@@ -148,22 +184,13 @@ impl Engine {
     /// [`Error::Parameter`] for an option that makes no sense; [`Error::OutOfMemory`].
     pub fn new(model: Arc<Model>, options: EngineOptions) -> Result<Self> {
         let config = model.config();
-        let per_block = KvBlocks::bytes_per_block(model.cache_layers(), config.num_key_value_heads, config.head_dim, model.kv_dtype());
         let max_len = if options.max_len == 0 { config.max_position_embeddings } else { options.max_len };
         if max_len > config.max_position_embeddings {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
         }
-        let mut blocks = options.cache_bytes / per_block;
-        if !options.prefix_cache {
-            // More than all sequences together could fill are of no use.
-            blocks = blocks.min(options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)));
-        }
-        if blocks == 0 {
-            let got = options.cache_bytes.to_string();
-            return Err(Error::Parameter { field: "cache_bytes", expected: "room for at least one block of 32 positions", got });
-        }
+        let (blocks, windows) = share_out(&options, &model.cache_layout(), max_len)?;
         // First of all, for a cache that is too large must be refused before lists are made of its blocks.
-        let mut runner = Runner::new(&model, blocks)?;
+        let mut runner = Runner::new(&model, blocks, windows.map_or(0, |windows| windows.blocks))?;
         let scheduler = Scheduler::new(SchedulerOptions {
             block_size: BLOCK,
             blocks,
@@ -172,12 +199,17 @@ impl Engine {
             dynamic_batching: options.dynamic_batching,
             prefix_cache: options.prefix_cache,
             max_len,
+            windows,
         })?;
         // Lists of blocks grow while sequences do; up to a size that is not worth mentioning they need not.
         let listed = options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)).min(1 << 16);
-        runner.work.spans.reserve(listed);
+        runner.work.spans.full.reserve(listed);
         let mut plan = Plan::default();
         plan.blocks.reserve(listed);
+        if windows.is_some() {
+            runner.work.spans.windowed.reserve(listed);
+            plan.window_blocks.reserve(listed);
+        }
         Ok(Engine {
             runner,
             model,
@@ -238,6 +270,13 @@ impl Engine {
         self.scheduler.stats()
     }
 
+    /// Memory of the keys and values of the requests that are being computed.
+    pub fn kv_bytes_in_use(&self) -> usize {
+        let (stats, layout) = (self.scheduler.stats(), self.model.cache_layout());
+        (stats.blocks - stats.free_blocks - stats.cached_blocks) * layout.block_bytes()
+            + (stats.window_blocks - stats.free_window_blocks - stats.cached_window_blocks) * layout.window_block_bytes()
+    }
+
     /// Guesses and how many were right.
     pub fn draft_stats(&self) -> DraftStats {
         self.draft_stats
@@ -255,7 +294,11 @@ impl Engine {
         work.spans.clear();
         work.wanted.clear();
         for item in &self.plan.items {
-            work.spans.push(item.tokens.len(), item.start, &self.plan.blocks[item.blocks.clone()]);
+            work.spans.full.push(item.tokens.len(), item.start, &self.plan.blocks[item.blocks.clone()]);
+            if self.model.has_windows() {
+                let blocks = &self.plan.window_blocks[item.window_blocks.clone()];
+                work.spans.windowed.push_from(item.tokens.len(), item.start, item.gone, blocks);
+            }
             work.wanted.extend((item.tokens.end - item.samples) as u32..item.tokens.end as u32);
         }
         self.runner.step(&self.model, &self.plan.tokens);
@@ -310,7 +353,7 @@ impl Engine {
             if count == 0 {
                 continue;
             }
-            work.spans.push(count, item.start, &plan.blocks[item.blocks.clone()]);
+            work.spans.full.push(count, item.start, &plan.blocks[item.blocks.clone()]);
             self.rows.extend((item.tokens.start..item.tokens.start + count).map(|row| row as u32));
             self.next.extend_from_slice(&tokens[item.start + 1..item.start + 1 + count]);
             if item.samples > 0 {

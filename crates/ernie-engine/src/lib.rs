@@ -14,6 +14,7 @@
 //!
 //! No async and no tensors with gradients: the maths is [`ernie_kernels`] on slices. One token's values never depend on what is computed
 //! beside it, so prompts may be cut into chunks and prefixes kept without changing a bit of the output.
+mod cache;
 mod cost;
 mod drafts;
 mod engine;

@@ -17,9 +17,10 @@ use ernie_checkpoint::{Checkpoint, Config, Family, TensorGroup};
 use ernie_kernels::arch::matrix::Mat;
 use ernie_kernels::arch::pool::Pool;
 use ernie_kernels::int8::{self, Rows8};
-use ernie_kernels::paged::{self, KvBlocks, KvDtype};
+use ernie_kernels::paged::{self, KvDtype};
 use ernie_kernels::rope::RopeTable;
 
+use crate::cache::{Cache, CacheLayout, LayerCache};
 use crate::error::{Error, Result};
 use crate::moe::Moe;
 use crate::runner::Workspace;
@@ -156,9 +157,14 @@ impl Model {
         })
     }
 
-    /// Layers that have keys and values: those of the network, and the multi-token-prediction block.
-    pub(crate) fn cache_layers(&self) -> usize {
-        self.layers.len() + usize::from(self.mtp.is_some())
+    /// Where keys and values are: of the layers of the network, and of the multi-token-prediction block.
+    pub(crate) fn cache_layout(&self) -> CacheLayout {
+        CacheLayout::new(&self.config, usize::from(self.mtp.is_some()), self.kv_dtype)
+    }
+
+    /// Whether there are layers that see a window only.
+    pub(crate) fn has_windows(&self) -> bool {
+        self.config.windowed_layers() > 0
     }
 
     /// Whether the checkpoint has a block that guesses the token after the next.
@@ -222,7 +228,7 @@ impl Model {
 
     /// New tokens through all layers, their keys and values stored in the cache: `work.x_th` is then their state before the final norm.
     /// `work.spans` says where each stands.
-    pub(crate) fn forward(&self, ids: &[u32], kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {
+    pub(crate) fn forward(&self, ids: &[u32], cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let (h, t) = (self.config.hidden_size, ids.len());
         work.x_th.resize(t * h, 0.0);
         for (x_h, &id) in work.x_th.chunks_exact_mut(h).zip(ids) {
@@ -230,14 +236,14 @@ impl Model {
         }
         work.normed_th.resize(t * h, 0.0);
         for (index, layer) in self.layers.iter().enumerate() {
-            self.layer(index, layer, kv, rope, work);
+            self.layer(index, layer, cache, rope, work);
         }
     }
 
     /// One layer: `work.x_th` before and after; its keys and values are those of layer `index` of the cache.
-    fn layer(&self, index: usize, layer: &Layer, kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {
+    fn layer(&self, index: usize, layer: &Layer, cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let pool = &*self.pool;
-        layer.attention.forward(pool, &self.config, index, &layer.input_norm_h, kv, rope, work);
+        layer.attention.forward(pool, &self.config, index, &layer.input_norm_h, cache, rope, work);
         let Workspace { x_th, normed_th, inner_ti, both, rows, moe, .. } = work;
         let eps = self.config.rms_norm_eps as f32;
         match &layer.mlp {
@@ -258,7 +264,7 @@ impl Model {
     /// The multi-token-prediction block over some rows of `work.x_th`, as [`Model::forward`] left them, each with the token that follows it:
     /// x = W·\[norm_e(embed(next)), norm_h(norm(x))\], then one layer. `work.x_th` is then the state from which [`Model::logits`] tells the token after
     /// the next. `work.spans` says where the rows stand; their keys and values go to the last layer of the cache.
-    pub(crate) fn predict(&self, rows_of: &[u32], next: &[u32], kv: &mut KvBlocks, rope: &RopeTable, work: &mut Workspace) {
+    pub(crate) fn predict(&self, rows_of: &[u32], next: &[u32], cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let Some(mtp) = &self.mtp else { return };
         let (h, eps, pool) = (self.config.hidden_size, self.config.rms_norm_eps as f32, &*self.pool);
         let Workspace { x_th, normed_th, inner_ti, both, rows, .. } = work;
@@ -284,7 +290,7 @@ impl Model {
         }
         x_th.resize(t * h, 0.0);
         mtp.proj.forward(pool, x_th, Input { values: both, rows }, false);
-        self.layer(self.layers.len(), &mtp.layer, kv, rope, work);
+        self.layer(self.layers.len(), &mtp.layer, cache, rope, work);
     }
 
     /// Logits of the rows in `work.wanted` of `work.x_th`: `[wanted, v]` in `work.logits`.
@@ -358,7 +364,7 @@ impl Attention {
         config: &Config,
         layer: usize,
         norm_h: &[f32],
-        kv: &mut KvBlocks,
+        cache: &mut Cache,
         rope: &RopeTable,
         work: &mut Workspace,
     ) {
@@ -369,9 +375,11 @@ impl Attention {
         qkv.resize(t * (q + 2 * k), 0.0);
         self.qkv.forward(pool, qkv, Input { values: normed_th, rows }, false);
         let qkv = Mat::new(qkv, t, q + 2 * k);
+        let LayerCache { kv, spans, layer, window } = cache.of_layer(layer, spans);
         paged::append(pool, kv, layer, qkv, q, rope, spans);
         attended_tq.resize(t * q, 0.0);
-        paged::attention(pool, attended_tq, qkv, Some(rope), kv, layer, config.num_attention_heads, spans);
+        let keys = paged::Layer { kv, layer, q_heads: config.num_attention_heads, window };
+        paged::attention(pool, attended_tq, qkv, Some(rope), keys, spans);
         if self.o.is_int8() {
             rows.quantise(pool, attended_tq, q);
         }

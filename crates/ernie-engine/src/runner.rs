@@ -1,9 +1,9 @@
 //! What computing takes besides a model: the key/value cache, the angles, and working memory that is kept from step to step.
 use ernie_kernels::int8::{Groups, Rows8};
-use ernie_kernels::paged::{BLOCK, KvBlocks, Spans};
 use ernie_kernels::rope::RopeTable;
 
-use crate::error::{Error, Result};
+use crate::cache::{Cache, CacheSpans};
+use crate::error::Result;
 use crate::model::Model;
 
 /// Positions for which angles are computed at first; their number doubles when it is too small.
@@ -12,7 +12,7 @@ const FIRST_POSITIONS: usize = 512;
 /// Cache and working memory of one user of a model.
 #[derive(Debug)]
 pub(crate) struct Runner {
-    pub kv: KvBlocks,
+    cache: Cache,
     rope: RopeTable,
     pub work: Workspace,
 }
@@ -28,7 +28,7 @@ pub(crate) struct Workspace {
     pub both: Vec<f32>,
     pub rows: Rows8,
     pub moe: MoeWorkspace,
-    pub spans: Spans,
+    pub spans: CacheSpans,
     /// Rows whose logits are wanted.
     pub wanted: Vec<u32>,
     pub logits: Vec<f32>,
@@ -58,30 +58,28 @@ pub(crate) struct MoeWorkspace {
 }
 
 impl Runner {
-    /// With a cache of `blocks` blocks of 32 positions.
-    pub fn new(model: &Model, blocks: usize) -> Result<Self> {
-        let (config, dtype) = (model.config(), model.kv_dtype());
-        let (layers, heads, d) = (model.cache_layers(), config.num_key_value_heads, config.head_dim);
-        let bytes = KvBlocks::bytes_per_block(layers, heads, d, dtype).saturating_mul(blocks);
-        let kv = KvBlocks::new(layers, blocks, heads, d, dtype).map_err(|_| Error::OutOfMemory { positions: blocks * BLOCK, bytes })?;
-        Ok(Runner { kv, rope: RopeTable::new(config.rope_theta, d, 0), work: Workspace::default() })
+    /// With a cache of `blocks` blocks of 32 positions, and `window_blocks` of those layers that see a window only.
+    pub fn new(model: &Model, blocks: usize, window_blocks: usize) -> Result<Self> {
+        let cache = Cache::new(model.cache_layout(), blocks, window_blocks)?;
+        let config = model.config();
+        Ok(Runner { cache, rope: RopeTable::new(config.rope_theta, config.head_dim, 0), work: Workspace::default() })
     }
 
     /// Computes `ids`, whose positions and blocks are in `work.spans`; then `work.logits` are those of the rows in `work.wanted`, `[wanted, vocab]`.
     pub fn step(&mut self, model: &Model, ids: &[u32]) {
-        let last = self.work.spans.spans().iter().map(|span| span.start + span.rows.len()).max().unwrap_or(0);
+        let last = self.work.spans.full.spans().iter().map(|span| span.start + span.rows.len()).max().unwrap_or(0);
         if last > self.rope.positions() {
             let positions = last.max(2 * self.rope.positions()).max(FIRST_POSITIONS);
             self.rope = RopeTable::new(model.config().rope_theta, model.config().head_dim, positions);
         }
-        model.forward(ids, &mut self.kv, &self.rope, &mut self.work);
+        model.forward(ids, &mut self.cache, &self.rope, &mut self.work);
         model.logits(&mut self.work);
     }
 
     /// Guesses after [`Runner::step`]: rows of that step, the tokens that followed them, and in `work.spans` where they stand. Then `work.logits` are those
     /// of the token after the next, for the rows in `work.wanted`, which count among these rows.
     pub fn predict(&mut self, model: &Model, rows: &[u32], next: &[u32]) {
-        model.predict(rows, next, &mut self.kv, &self.rope, &mut self.work);
+        model.predict(rows, next, &mut self.cache, &self.rope, &mut self.work);
         model.logits(&mut self.work);
     }
 }

@@ -33,7 +33,9 @@ impl<'m> Session<'m> {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
         }
         let blocks = max_len.div_ceil(BLOCK);
-        let runner = Runner::new(model, blocks)?;
+        // A session may forget its last tokens, so it keeps what its windows have passed.
+        let windows = if model.cache_layout().window.is_some() { blocks } else { 0 };
+        let runner = Runner::new(model, blocks, windows)?;
         Ok(Session { model, max_len, ids: Vec::new(), runner, blocks: (0..blocks as u32).collect() })
     }
 
@@ -140,7 +142,7 @@ impl<'m> Session<'m> {
         let count = ids.len() - 1;
         let work = &mut self.runner.work;
         work.spans.clear();
-        work.spans.push(count, 0, &self.blocks[..count.div_ceil(BLOCK)]);
+        work.spans.full.push(count, 0, &self.blocks[..count.div_ceil(BLOCK)]);
         work.wanted.clear();
         work.wanted.extend(0..count as u32);
         let rows: Vec<u32> = (0..count as u32).collect();
@@ -159,7 +161,9 @@ impl<'m> Session<'m> {
         let work = &mut self.runner.work;
         let start = self.ids.len();
         work.spans.clear();
-        work.spans.push(ids.len(), start, &self.blocks[..(start + ids.len()).div_ceil(BLOCK)]);
+        let blocks = &self.blocks[..(start + ids.len()).div_ceil(BLOCK)];
+        work.spans.full.push(ids.len(), start, blocks);
+        work.spans.windowed.push(ids.len(), start, blocks);
         work.wanted.clear();
         work.wanted.extend(ids.len() as u32 - wanted as u32..ids.len() as u32);
         self.runner.step(self.model, ids);

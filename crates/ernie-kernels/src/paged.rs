@@ -8,7 +8,7 @@ mod attention;
 
 use std::ops::Range;
 
-pub use attention::attention;
+pub use attention::{Layer, attention};
 
 use half::bf16;
 
@@ -236,6 +236,8 @@ pub struct Span {
     pub start: usize,
     /// Where the sequence's blocks stand in the step's list of blocks.
     pub blocks: Range<usize>,
+    /// How many of the sequence's blocks before those are gone.
+    pub first_block: usize,
 }
 
 /// What one step attends to. Kept and refilled from step to step.
@@ -278,13 +280,19 @@ impl Spans {
 
     /// Adds `tokens` rows after those of the spans before, the first at position `start` of a sequence whose positions are in `blocks`.
     pub fn push(&mut self, tokens: usize, start: usize, blocks: &[u32]) {
-        assert!(blocks.len() * BLOCK >= start + tokens, "{} blocks for {} positions", blocks.len(), start + tokens);
+        self.push_from(tokens, start, 0, blocks);
+    }
+
+    /// The same for a sequence that has no longer its first `first_block` blocks.
+    pub fn push_from(&mut self, tokens: usize, start: usize, first_block: usize, blocks: &[u32]) {
+        let held = first_block + blocks.len();
+        assert!(held * BLOCK >= start + tokens && first_block * BLOCK <= start, "{held} blocks for {} positions", start + tokens);
         let first = self.spans.last().map_or(0, |span| span.rows.end);
         let place = self.blocks.len();
         self.blocks.extend_from_slice(blocks);
         self.writes.clear();
         self.written.clear();
-        self.spans.push(Span { rows: first..first + tokens, start, blocks: place..self.blocks.len() });
+        self.spans.push(Span { rows: first..first + tokens, start, blocks: place..self.blocks.len(), first_block });
     }
 
     /// Rows of all spans.
@@ -312,7 +320,7 @@ impl Spans {
             while position < end {
                 let next = (position / BLOCK * BLOCK + BLOCK).min(end);
                 let rows = span.rows.start + position - span.start..span.rows.start + next - span.start;
-                self.writes.push(Write { block: blocks[position / BLOCK], rows, position });
+                self.writes.push(Write { block: blocks[position / BLOCK - span.first_block], rows, position });
                 position = next;
             }
         }
@@ -335,18 +343,19 @@ impl Spans {
 
 /// The same by plain loops in f64.
 pub mod scalar {
-    /// Attention of queries `[tokens, q_heads·d]`, the first at position `start`, to keys and values `[positions, kv_heads·d]`.
-    pub fn attention(q: &[f32], k: &[f32], v: &[f32], start: usize, q_heads: usize, kv_heads: usize, d: usize) -> Vec<f64> {
+    /// Attention of queries `[tokens, q_heads·d]` to the last `window` of the keys and values `[positions, kv_heads·d]` up to their own.
+    pub fn attention(q: &[f32], k: &[f32], v: &[f32], window: usize, q_heads: usize, kv_heads: usize, d: usize) -> Vec<f64> {
         let mut out = Vec::with_capacity(q.len());
         for (token, q) in q.chunks_exact(q_heads * d).enumerate() {
             for (head, q) in q.chunks_exact(d).enumerate() {
                 let at = |x: &[f32], p: usize, i: usize| f64::from(x[(p * kv_heads + head / (q_heads / kv_heads)) * d + i]);
-                let scores: Vec<f64> = (0..=start + token)
+                let first = (token + 1).saturating_sub(window);
+                let scores: Vec<f64> = (first..=token)
                     .map(|p| q.iter().enumerate().map(|(i, q)| f64::from(*q) * at(k, p, i)).sum::<f64>() / (d as f64).sqrt())
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-                out.extend((0..d).map(|i| scores.iter().enumerate().map(|(p, s)| (s - max).exp() / sum * at(v, p, i)).sum::<f64>()));
+                out.extend((0..d).map(|i| scores.iter().zip(first..).map(|(s, p)| (s - max).exp() / sum * at(v, p, i)).sum::<f64>()));
             }
         }
         out

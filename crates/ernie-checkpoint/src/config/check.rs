@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{Config, Family, MoeConfig, VisionConfig};
+use super::{AttentionKind, Config, Family, MoeConfig, VisionConfig};
 use crate::error::{Error, Result};
 
 /// Largest width, vocabulary, position or product of heads and head_dim.
@@ -86,7 +86,29 @@ pub(super) fn check(config: &Config, origin: &Path) -> Result<()> {
             return Err(c.error("mrope_section", expected, json!(vl.mrope_section)));
         }
     }
+    check_mechanisms(&c, config)?;
     check_total(&c, config)
+}
+
+fn check_mechanisms(c: &Checker<'_>, config: &Config) -> Result<()> {
+    let mechanisms = &config.mechanisms;
+    if config.family == Family::VlMoe && !mechanisms.is_empty() {
+        return Err(c.error("ernie_rs", "nothing, for a vision-language model", "mechanisms of text models"));
+    }
+    let sliding = match &mechanisms.layer_types {
+        None => false,
+        Some(kinds) if kinds.len() == config.num_hidden_layers => kinds.contains(&AttentionKind::Sliding),
+        Some(kinds) => {
+            let expected = format!("one entry for each of the {} layers", config.num_hidden_layers);
+            return Err(c.error("ernie_rs.layer_types", expected, format!("{} entries", kinds.len())));
+        }
+    };
+    match (sliding, mechanisms.sliding_window) {
+        (true, None) => Err(c.error("ernie_rs.sliding_window", "a number of tokens, for the layers with sliding_attention", "null")),
+        (false, Some(window)) => Err(c.error("ernie_rs.sliding_window", "nothing, for no layer has sliding_attention", window)),
+        (_, Some(window)) => c.within("ernie_rs.sliding_window", window, 1..=MAX_SIZE),
+        (false, None) => Ok(()),
+    }
 }
 
 fn check_experts(c: &Checker<'_>, config: &Config, moe: &MoeConfig) -> Result<()> {

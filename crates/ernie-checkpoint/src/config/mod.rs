@@ -7,6 +7,7 @@
 mod check;
 mod counts;
 mod fields;
+mod mechanisms;
 mod parse;
 pub(crate) mod write;
 
@@ -15,6 +16,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 pub use counts::ParameterCounts;
+pub use mechanisms::{AttentionKind, Mechanisms};
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -107,8 +109,9 @@ pub struct Config {
     pub vl: Option<VlConfig>,
     /// How the stored weights are quantised; [`crate::save`] sets it by its dtype.
     pub quantization: Option<Quantization>,
-    /// Top-level keys that this program does not know, in file order, written back as they are. The key `ernie_rs` is
-    /// reserved for what the released family lacks.
+    /// What the released family lacks, from the key `ernie_rs`.
+    pub mechanisms: Mechanisms,
+    /// Top-level keys that this program does not know, in file order, written back as they are.
     pub extra: Map<String, Value>,
     /// The file's object, so that it can be written back in order; empty for a config made in memory.
     source: Map<String, Value>,
@@ -259,9 +262,19 @@ impl Config {
         layer < self.num_hidden_layers && (layer + 1).is_multiple_of(moe.layer_interval.max(1)) && (moe.layer_start..=last).contains(&layer)
     }
 
-    /// Bytes that one token adds to the key/value cache when an element takes `element_bytes` (2 for bf16).
+    /// Bytes that one token adds to the key/value cache when an element takes `element_bytes` (2 for bf16): in layers that see everything, for
+    /// those of a window give it back ([`Config::kv_bytes_of_window`]).
     pub fn kv_bytes_per_token(&self, element_bytes: usize) -> u64 {
-        let heads = self.num_key_value_heads as u64 * self.head_dim as u64;
-        2 * self.num_hidden_layers as u64 * heads * element_bytes as u64
+        (self.num_hidden_layers - self.windowed_layers()) as u64 * self.kv_bytes_per_layer(element_bytes)
+    }
+
+    /// Bytes of the keys and values of one text's windows, however long it is.
+    pub fn kv_bytes_of_window(&self, element_bytes: usize) -> u64 {
+        let tokens: usize = (0..self.num_hidden_layers).filter_map(|layer| self.window(layer)).sum();
+        tokens as u64 * self.kv_bytes_per_layer(element_bytes)
+    }
+
+    fn kv_bytes_per_layer(&self, element_bytes: usize) -> u64 {
+        2 * (self.num_key_value_heads * self.head_dim * element_bytes) as u64
     }
 }

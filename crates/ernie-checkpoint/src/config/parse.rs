@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
 use super::write::known_keys;
-use super::{Config, Family, HiddenAct, MlpKind, MoeConfig, Quantization, VisionConfig, VisionExperts, VlConfig};
+use super::{Config, Family, HiddenAct, Mechanisms, MlpKind, MoeConfig, Quantization, VisionConfig, VisionExperts, VlConfig};
 use crate::error::Result;
 
 /// `model_type` values and their families.
@@ -92,6 +92,7 @@ pub(super) fn defaults(family: Family) -> Config {
         moe: (!dense).then_some(moe),
         vl: vl.then_some(vision_language),
         quantization: None,
+        mechanisms: Mechanisms::default(),
         extra: Map::new(),
         source: Map::new(),
     }
@@ -141,6 +142,7 @@ pub(super) fn parse(source: Map<String, Value>, origin: &Path) -> Result<Config>
         moe: d.moe.map(|moe| experts(&text, moe)).transpose()?,
         vl: d.vl.map(|vl| vision_language(&root, &text, vl, head_dim)).transpose()?,
         quantization: quantization(&root)?,
+        mechanisms: Mechanisms::parse(&root)?,
         ..d
     };
     config.extra = source.iter().filter(|(key, _)| !known_keys(family).contains(&key.as_str())).map(pair).collect();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{Config, Family, MlpKind, Quantization, parse};
+use super::{Config, Family, MlpKind, Quantization, mechanisms, parse};
 
 /// Where a field lives; text and root are one object unless the config is nested.
 #[derive(Clone, Copy, PartialEq)]
@@ -22,8 +22,16 @@ struct Field {
 }
 
 /// Objects and names that are handled one by one rather than as a [`Field`].
-const STRUCTURE: [&str; 7] =
-    ["architectures", "model_type", "text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling"];
+const STRUCTURE: [&str; 8] = [
+    "architectures",
+    "model_type",
+    "text_config",
+    "vision_config",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    mechanisms::KEY,
+];
 
 /// The top-level keys that typed fields are read from.
 pub(super) fn known_keys(family: Family) -> Vec<&'static str> {
@@ -93,6 +101,12 @@ pub(super) fn to_json(config: &Config) -> Value {
             Some(quantization) => {
                 root.insert("quantization_config".into(), compressed_tensors(quantization, config.tie_word_embeddings));
             }
+        }
+    }
+    if before.as_ref().is_none_or(|b| b.mechanisms != config.mechanisms) {
+        match config.mechanisms.to_json() {
+            None => drop(root.shift_remove(mechanisms::KEY)),
+            Some(object) => drop(root.insert(mechanisms::KEY.into(), object)),
         }
     }
     for (key, value) in &config.extra {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ernie_checkpoint::{Config, Error, Family, MlpKind, Quantization};
+use ernie_checkpoint::{Config, Error, Family, Mechanisms, MlpKind, Quantization};
 use serde_json::{Map, Value, json};
 
 use crate::fixture::{assert_error, dense, mentions_all, moe, vision_language, wide_moe};
@@ -274,13 +274,13 @@ fn impossible_numbers_are_refused_without_overflow() {
 
 #[test]
 fn unknown_keys_are_kept_in_order() {
-    let text = r#"{"zebra": [1, {"b": 2, "a": 1.50}], "model_type": "ernie4_5", "ernie_rs": {"gates": true}, "alpha": null, "n_embd": 64,
+    let text = r#"{"zebra": [1, {"b": 2, "a": 1.50}], "model_type": "ernie4_5", "zulu": {"gates": true}, "alpha": null, "n_embd": 64,
         "num_attention_heads": 2, "num_key_value_heads": 1, "big": 12345678901234567890, "precise": 0.1}"#;
     let mut config = Config::from_json(text, Path::new("config.json")).unwrap();
     let source: Value = serde_json::from_str(text).unwrap();
     assert_eq!(config.to_json().to_string(), source.to_string());
     let keys: Vec<_> = config.extra.keys().collect();
-    assert_eq!(keys, ["zebra", "ernie_rs", "alpha", "big", "precise"]);
+    assert_eq!(keys, ["zebra", "zulu", "alpha", "big", "precise"]);
 
     // A changed field changes in its place and spelling; extra may be edited; what was not there comes last.
     config.hidden_size = 128;
@@ -289,9 +289,39 @@ fn unknown_keys_are_kept_in_order() {
     config.extra.shift_remove("alpha");
     let changed = config.to_json();
     let keys: Vec<_> = changed.as_object().unwrap().keys().map(String::as_str).collect();
-    let rest = ["ernie_rs", "n_embd", "num_attention_heads", "num_key_value_heads", "big", "precise", "vocab_size"];
+    let rest = ["zulu", "n_embd", "num_attention_heads", "num_key_value_heads", "big", "precise", "vocab_size"];
     assert_eq!(keys, [&["zebra", "model_type"][..], &rest].concat());
     assert_eq!((&changed["n_embd"], &changed["zebra"], &changed["vocab_size"]), (&json!(128), &json!(7), &json!(100)));
+}
+
+#[test]
+fn mechanisms_are_read_checked_and_written() {
+    let text = r#"{"model_type": "ernie4_5", "num_hidden_layers": 3, "ernie_rs": {"sliding_window": 64,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}}"#;
+    let source: Value = serde_json::from_str(text).unwrap();
+    let mut config = parse(&source).unwrap();
+    assert_eq!((0..3).map(|layer| config.window(layer)).collect::<Vec<_>>(), [Some(64), Some(64), None]);
+    assert_eq!((config.window(3), config.windowed_layers()), (None, 2));
+    assert_eq!(config.kv_bytes_per_token(2), 2 * 2 * 128 * 2);
+    assert_eq!(config.kv_bytes_of_window(2), 2 * 64 * 2 * 2 * 128 * 2);
+    assert_eq!(config.to_json().to_string(), source.to_string());
+    config.mechanisms = Mechanisms::default();
+    assert_eq!(config.to_json().get("ernie_rs"), None);
+
+    for (own, field) in [
+        (json!({"gates": 1}), "ernie_rs.gates"),
+        (json!({"layer_types": ["full_attention"]}), "ernie_rs.layer_types"),
+        (json!({"layer_types": ["full_attention", "full_attention", "wide"]}), "ernie_rs.layer_types"),
+        (json!({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}), "ernie_rs.sliding_window"),
+        (json!({"sliding_window": 64}), "ernie_rs.sliding_window"),
+        (json!({"sliding_window": 0, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}), "ernie_rs.sliding_window"),
+        (json!([]), "ernie_rs"),
+    ] {
+        let mut object = source.clone();
+        object["ernie_rs"] = own;
+        let error = parse(&object).expect_err(field);
+        mentions_all(&error, &["some/config.json", field]);
+    }
 }
 
 #[test]

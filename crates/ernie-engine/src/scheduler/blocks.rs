@@ -5,11 +5,7 @@
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// Number of a block.
-pub type BlockId = u32;
-
-/// No block: the end of a list, or what stands before a text's first block.
-const NONE: BlockId = BlockId::MAX;
+use super::unused::{BlockId, NONE, Unused};
 
 /// The pool of all blocks.
 #[derive(Debug)]
@@ -25,12 +21,8 @@ pub struct BlockPool {
     keys: Vec<Option<(BlockId, u64)>>,
     /// Tokens of findable blocks, `block_size` for each block.
     tokens: Vec<u32>,
-    /// Findable blocks without users, the longest unused first: a list through both arrays.
-    newer: Vec<BlockId>,
-    older: Vec<BlockId>,
-    oldest: BlockId,
-    newest: BlockId,
-    unused: usize,
+    /// Findable blocks without users.
+    unused: Unused,
     evictions: u64,
 }
 
@@ -44,11 +36,7 @@ impl BlockPool {
             found: HashMap::with_capacity(count),
             keys: vec![None; count],
             tokens: vec![0; count * block_size],
-            newer: vec![NONE; count],
-            older: vec![NONE; count],
-            oldest: NONE,
-            newest: NONE,
-            unused: 0,
+            unused: Unused::new(count),
             evictions: 0,
         }
     }
@@ -65,12 +53,12 @@ impl BlockPool {
 
     /// Blocks that nobody has but that can be found again.
     pub fn unused(&self) -> usize {
-        self.unused
+        self.unused.len()
     }
 
     /// Blocks that [`BlockPool::take`] can give.
     pub fn available(&self) -> usize {
-        self.free.len() + self.unused
+        self.free.len() + self.unused.len()
     }
 
     /// Findable blocks that were given up for others.
@@ -92,40 +80,37 @@ impl BlockPool {
     pub fn take(&mut self) -> Option<BlockId> {
         let block = match self.free.pop() {
             Some(block) => block,
-            None if self.oldest != NONE => {
-                let block = self.oldest;
-                self.unlink(block);
+            None => {
+                let block = self.unused.pop_oldest()?;
                 self.forget(block);
                 self.evictions += 1;
                 block
             }
-            None => return None,
         };
         self.users[block as usize] = 1;
         Some(block)
     }
 
-    /// Appends the blocks that hold the beginning of `tokens` to `table`, as many whole ones as are known, and makes the caller a user of them.
-    pub fn find(&mut self, tokens: &[u32], table: &mut Vec<BlockId>) {
+    /// The blocks that hold the beginning of `tokens`, as many whole ones as are known, into `chain`; whoever goes on to use them must
+    /// [`BlockPool::share`] them.
+    pub fn find(&self, tokens: &[u32], chain: &mut Vec<BlockId>) {
+        chain.clear();
         let mut before = NONE;
         for chunk in tokens.chunks_exact(self.block_size) {
             let Some(block) = self.lookup(before, chunk) else { return };
-            self.share(block);
-            table.push(block);
+            chain.push(block);
             before = block;
         }
     }
 
-    /// How many blocks [`BlockPool::find`] would give, and how many of them have no user now.
-    pub fn would_find(&self, tokens: &[u32]) -> (usize, usize) {
-        let (mut before, mut count, mut unused) = (NONE, 0, 0);
-        for chunk in tokens.chunks_exact(self.block_size) {
-            let Some(block) = self.lookup(before, chunk) else { break };
-            count += 1;
-            unused += usize::from(self.users[block as usize] == 0);
-            before = block;
+    /// Makes the caller a user of blocks.
+    pub fn share(&mut self, blocks: &[BlockId]) {
+        for &block in blocks {
+            if self.users[block as usize] == 0 {
+                self.unused.remove(block);
+            }
+            self.users[block as usize] += 1;
         }
-        (count, unused)
     }
 
     /// Makes a full block findable: `before` is the block before it, `None` for a text's first. If the same text is known already, the caller becomes a
@@ -142,7 +127,7 @@ impl BlockPool {
                 block
             }
             Some(&known) if known != block && self.tokens_of(known) == tokens => {
-                self.share(known);
+                self.share(&[known]);
                 self.release(&[block]);
                 known
             }
@@ -161,7 +146,7 @@ impl BlockPool {
                 continue;
             }
             if self.is_findable(block) {
-                self.link(block);
+                self.unused.push_newest(block);
             } else {
                 self.free.push(block);
             }
@@ -177,41 +162,10 @@ impl BlockPool {
         &self.tokens[block as usize * self.block_size..][..self.block_size]
     }
 
-    fn share(&mut self, block: BlockId) {
-        if self.users[block as usize] == 0 {
-            self.unlink(block);
-        }
-        self.users[block as usize] += 1;
-    }
-
     fn forget(&mut self, block: BlockId) {
         if let Some(key) = self.keys[block as usize].take() {
             self.found.remove(&key);
         }
-    }
-
-    /// To the newest end of the unused.
-    fn link(&mut self, block: BlockId) {
-        (self.older[block as usize], self.newer[block as usize]) = (self.newest, NONE);
-        match self.newest {
-            NONE => self.oldest = block,
-            newest => self.newer[newest as usize] = block,
-        }
-        self.newest = block;
-        self.unused += 1;
-    }
-
-    fn unlink(&mut self, block: BlockId) {
-        let (older, newer) = (self.older[block as usize], self.newer[block as usize]);
-        match older {
-            NONE => self.oldest = newer,
-            older => self.newer[older as usize] = newer,
-        }
-        match newer {
-            NONE => self.newest = older,
-            newer => self.older[newer as usize] = older,
-        }
-        self.unused -= 1;
     }
 }
 
@@ -238,6 +192,7 @@ mod tests {
     fn find(pool: &mut BlockPool, tokens: &[u32]) -> Vec<BlockId> {
         let mut table = Vec::new();
         pool.find(tokens, &mut table);
+        pool.share(&table);
         table
     }
 
@@ -251,7 +206,7 @@ mod tests {
         // The same tokens after another beginning are another text.
         assert!(find(&mut pool, &[3, 4]).is_empty());
         assert_eq!(pool.users(0), 3);
-        assert_eq!(pool.would_find(&[1, 2, 3, 4, 5, 6, 7, 8]), (3, 0));
+        assert_eq!(find(&mut pool, &[1, 2, 3, 4, 5, 6, 7, 8]), [0, 1, 2]);
     }
 
     #[test]

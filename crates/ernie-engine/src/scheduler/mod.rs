@@ -2,13 +2,18 @@
 //!
 //! In every step each decoding sequence gets its next token, then prompts are computed piece by piece in the order they came, all under a budget of
 //! tokens, so that a long prompt never holds up those who are already being answered. Sequences come and go between any two steps. When blocks run
-//! out the latest comer gives its own back and is computed again later (preemption by recomputation); its tokens stay.
+//! out the latest comer gives its own back and is computed again later (preemption by recomputation); its tokens stay. Where a model has layers that see a window
+//! only, their keys and values have blocks of their own, which a sequence gives back as it goes on.
 mod blocks;
+mod unused;
+mod windows;
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
-pub use blocks::{BlockId, BlockPool};
+pub use blocks::BlockPool;
+pub use unused::BlockId;
+pub use windows::{WindowPool, WindowTable};
 
 use crate::error::{Error, Result};
 
@@ -33,6 +38,24 @@ pub struct SchedulerOptions {
     pub prefix_cache: bool,
     /// Most tokens of a sequence, prompt and answer together.
     pub max_len: usize,
+    /// For a model with layers that see a window only: the window, and the blocks of their part of the cache.
+    pub windows: Option<WindowOptions>,
+}
+
+/// The part of the cache whose layers see the last positions only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowOptions {
+    /// How many positions back, its own included, a position sees.
+    pub window: usize,
+    /// Blocks.
+    pub blocks: usize,
+}
+
+impl WindowOptions {
+    /// The fewest blocks with which a sequence can always go on: a step may then have to be cut into single blocks.
+    pub fn fewest(window: usize, block_size: usize) -> usize {
+        window.div_ceil(block_size) + 2
+    }
 }
 
 /// One step.
@@ -44,6 +67,8 @@ pub struct Plan {
     pub tokens: Vec<u32>,
     /// Blocks of all items.
     pub blocks: Vec<BlockId>,
+    /// Blocks of all items in the layers that see a window only.
+    pub window_blocks: Vec<BlockId>,
 }
 
 /// A sequence's part of a step.
@@ -57,6 +82,10 @@ pub struct Item {
     pub tokens: Range<usize>,
     /// The blocks of positions 0 to the last token's, in [`Plan::blocks`].
     pub blocks: Range<usize>,
+    /// Its blocks in [`Plan::window_blocks`]: without those that no token sees, of which there are so many.
+    pub window_blocks: Range<usize>,
+    /// Blocks before those.
+    pub gone: usize,
     /// How many of the tokens are guesses.
     pub drafts: usize,
     /// The last so many tokens need logits: none for a prompt that is not done, else one and one for each guess.
@@ -76,6 +105,12 @@ pub struct Stats {
     pub cached_blocks: usize,
     /// Blocks in all.
     pub blocks: usize,
+    /// Blocks of the layers that see a window only, that hold nothing.
+    pub free_window_blocks: usize,
+    /// Such blocks that nobody has but that hold known texts.
+    pub cached_window_blocks: usize,
+    /// Such blocks in all.
+    pub window_blocks: usize,
     /// Prompt tokens of admitted sequences.
     pub prompt_tokens: u64,
     /// Of these, tokens that the prefix cache held.
@@ -91,6 +126,9 @@ pub struct Stats {
 pub struct Scheduler {
     options: SchedulerOptions,
     pool: BlockPool,
+    windows: Option<WindowPool>,
+    /// Known blocks of the beginning of a waiting sequence.
+    chain: Vec<BlockId>,
     sequences: HashMap<SequenceId, Sequence>,
     waiting: VecDeque<SequenceId>,
     /// In the order of arrival.
@@ -108,6 +146,7 @@ struct Sequence {
     /// Positions whose keys and values are in blocks.
     computed: usize,
     blocks: Vec<BlockId>,
+    windowed: WindowTable,
     /// Blocks that others can find.
     published: usize,
     draft: Vec<u32>,
@@ -134,8 +173,16 @@ impl Scheduler {
         if let Some((field, _)) = checks.into_iter().find(|(_, value)| *value == 0) {
             return Err(Error::Parameter { field, expected: "a number ≥ 1", got: "0".to_owned() });
         }
+        if let Some(WindowOptions { window, blocks }) = options.windows
+            && (window == 0 || blocks < WindowOptions::fewest(window, options.block_size))
+        {
+            let got = format!("{blocks} for a window of {window} positions");
+            return Err(Error::Parameter { field: "windows.blocks", expected: "blocks for a window and two more", got });
+        }
         Ok(Scheduler {
             pool: BlockPool::new(options.blocks, options.block_size),
+            windows: options.windows.map(|w| WindowPool::new(w.window, w.blocks, options.blocks, options.block_size)),
+            chain: Vec::new(),
             options,
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
@@ -174,6 +221,7 @@ impl Scheduler {
             arrival: self.arrivals,
             computed: 0,
             blocks: Vec::with_capacity(limit.div_ceil(self.options.block_size)),
+            windowed: WindowTable::default(),
             published: 0,
             draft: Vec::new(),
             planned: 0,
@@ -224,7 +272,11 @@ impl Scheduler {
 
     /// How things stand.
     pub fn stats(&self) -> Stats {
+        let windows = self.windows.as_ref();
         Stats {
+            free_window_blocks: windows.map_or(0, WindowPool::free),
+            cached_window_blocks: windows.map_or(0, WindowPool::unused),
+            window_blocks: windows.map_or(0, WindowPool::count),
             waiting: self.waiting.len(),
             running: self.running.len(),
             free_blocks: self.pool.free(),
@@ -241,6 +293,7 @@ impl Scheduler {
             plan.items.clear();
             plan.tokens.clear();
             plan.blocks.clear();
+            plan.window_blocks.clear();
             let mut budget = self.options.token_budget;
             self.plan_decoding(plan, &mut budget);
             self.extend_drafts(plan, &mut budget);
@@ -260,9 +313,14 @@ impl Scheduler {
             plan.tokens.extend_from_slice(&sequence.tokens[item.start..item.start + known]);
             plan.tokens.extend_from_slice(&sequence.draft[..sequence.planned_drafts]);
             item.tokens = first..plan.tokens.len();
-            let first = plan.blocks.len();
-            plan.blocks.extend_from_slice(&sequence.blocks[..(item.start + sequence.planned).div_ceil(self.options.block_size)]);
+            let (first, count) = (plan.blocks.len(), (item.start + sequence.planned).div_ceil(self.options.block_size));
+            plan.blocks.extend_from_slice(&sequence.blocks[..count]);
             item.blocks = first..plan.blocks.len();
+            if self.windows.is_some() {
+                let (first, table) = (plan.window_blocks.len(), &sequence.windowed);
+                plan.window_blocks.extend_from_slice(&table.blocks[..count - table.gone]);
+                (item.window_blocks, item.gone) = (first..plan.window_blocks.len(), table.gone);
+            }
             item.drafts = sequence.planned_drafts;
             item.samples = if item.start + known == sequence.tokens.len() { 1 + sequence.planned_drafts } else { 0 };
             sequence.draft.clear();
@@ -293,8 +351,16 @@ impl Scheduler {
                 let before = index.checked_sub(1).map(|before| sequence.blocks[before]);
                 let tokens = &sequence.tokens[index * size..(index + 1) * size];
                 sequence.blocks[index] = self.pool.publish(before, sequence.blocks[index], tokens);
+                if let Some(windows) = &mut self.windows
+                    && self.pool.is_findable(sequence.blocks[index])
+                {
+                    windows.publish(sequence.blocks[index], sequence.windowed.blocks[index - sequence.windowed.gone]);
+                }
                 sequence.published += 1;
             }
+        }
+        if let Some(windows) = &mut self.windows {
+            windows.pass(&mut sequence.windowed, sequence.computed);
         }
         if finished {
             self.remove(id);
@@ -307,7 +373,10 @@ impl Scheduler {
     }
 
     fn remove(&mut self, id: SequenceId) -> bool {
-        let Some(sequence) = self.sequences.remove(&id) else { return false };
+        let Some(mut sequence) = self.sequences.remove(&id) else { return false };
+        if let Some(windows) = &mut self.windows {
+            windows.clear(&mut sequence.windowed);
+        }
         self.pool.release(&sequence.blocks);
         self.running.retain(|&other| other != id);
         self.waiting.retain(|&other| other != id);
@@ -356,15 +425,33 @@ impl Scheduler {
         while sequence.blocks.len() < needed
             && let Some(block) = self.pool.take()
         {
+            if let Some(windows) = &mut self.windows {
+                windows.forget(block);
+            }
             sequence.blocks.push(block);
         }
-        sequence.blocks.len()
+        let Some(windows) = &mut self.windows else { return sequence.blocks.len() };
+        while sequence.windowed.end() < needed
+            && let Some(block) = windows.take()
+        {
+            sequence.windowed.blocks.push(block);
+        }
+        sequence.blocks.len().min(sequence.windowed.end())
     }
 
     fn push(&mut self, plan: &mut Plan, id: SequenceId, tokens: usize) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         (sequence.planned, sequence.planned_drafts) = (tokens, 0);
-        plan.items.push(Item { id, start: sequence.computed, tokens: 0..0, blocks: 0..0, drafts: 0, samples: 0 });
+        plan.items.push(Item {
+            id,
+            start: sequence.computed,
+            tokens: 0..0,
+            blocks: 0..0,
+            window_blocks: 0..0,
+            gone: 0,
+            drafts: 0,
+            samples: 0,
+        });
     }
 
     /// Guesses with what is left of the budget, and of the blocks that nobody else needs.
@@ -376,7 +463,10 @@ impl Scheduler {
             // The pool must hold the guesses' positions.
             let room = self.max_len() - sequence.tokens.len().min(self.max_len());
             let wanted = sequence.draft.len().min(*budget).min(useful).min(room);
-            let free = self.pool.free() + sequence.blocks.len();
+            let mut free = self.pool.free() + sequence.blocks.len();
+            if let Some(windows) = &self.windows {
+                free = free.min(windows.free() + sequence.windowed.end());
+            }
             let needed = (sequence.computed + 1 + wanted).div_ceil(self.options.block_size).min(free);
             let got = self.grow(item.id, needed) * self.options.block_size;
             let Some(sequence) = self.sequences.get_mut(&item.id) else { continue };
@@ -419,11 +509,25 @@ impl Scheduler {
             let all = sequence.tokens.len().div_ceil(self.options.block_size);
             // At least the last token is computed, for its logits.
             let findable = if self.options.prefix_cache { &sequence.tokens[..sequence.tokens.len() - 1] } else { &[][..] };
-            let (found, unused) = self.pool.would_find(findable);
-            if !self.running.is_empty() && self.pool.available() - unused < all - found {
+            self.pool.find(findable, &mut self.chain);
+            if let Some(windows) = &self.windows {
+                self.chain.truncate(windows.usable(&self.chain));
+            }
+            let unused = self.chain.iter().filter(|&&block| self.pool.users(block) == 0).count();
+            let wanted = all - self.chain.len();
+            let mut room = self.pool.available() - unused >= wanted;
+            if let Some(windows) = &self.windows {
+                let wanted = wanted.min(windows.most_for(self.options.token_budget));
+                room &= windows.available() - windows.unused_for(&self.chain) >= wanted;
+            }
+            if !self.running.is_empty() && !room {
                 return;
             }
-            self.pool.find(findable, &mut sequence.blocks);
+            self.pool.share(&self.chain);
+            sequence.blocks.extend_from_slice(&self.chain);
+            if let Some(windows) = &mut self.windows {
+                windows.share(&self.chain, &mut sequence.windowed);
+            }
             sequence.computed = sequence.blocks.len() * self.options.block_size;
             sequence.published = sequence.blocks.len();
             if !sequence.admitted_before {
@@ -442,6 +546,9 @@ impl Scheduler {
     /// Takes a sequence's blocks; it goes to the front of the queue and is computed again later.
     fn preempt(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if let Some(windows) = &mut self.windows {
+            windows.clear(&mut sequence.windowed);
+        }
         self.pool.release(&sequence.blocks);
         sequence.blocks.clear();
         sequence.draft.clear();

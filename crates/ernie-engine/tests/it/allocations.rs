@@ -7,7 +7,13 @@ use crate::golden::Golden;
 
 #[test]
 fn a_decoding_step_allocates_nothing() {
-    for (name, dtype) in [("dense_untied_gqa", WeightDtype::Int8), ("moe_k2", WeightDtype::Int8), ("dense_bias_mqa", WeightDtype::F32)] {
+    let models = [
+        ("dense_untied_gqa", WeightDtype::Int8),
+        ("moe_k2", WeightDtype::Int8),
+        ("dense_bias_mqa", WeightDtype::F32),
+        ("dense_local", WeightDtype::Int8),
+    ];
+    for (name, dtype) in models {
         let options = LoadOptions { dtype, threads: 1, kv_dtype: None };
         let model = Arc::new(Model::load_with(&Golden::named(name).checkpoint(), options).unwrap());
         let options = EngineOptions { cache_bytes: 1 << 21, drafts: DraftOptions { max_tokens: 0 }, ..EngineOptions::default() };

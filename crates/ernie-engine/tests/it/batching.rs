@@ -7,7 +7,7 @@ use ernie_engine::{
     WeightDtype,
 };
 
-use crate::golden::{Golden, int4_checkpoint};
+use crate::golden::{Golden, int4_checkpoint, windows_checkpoint};
 
 /// Reproducible numbers.
 struct Random(u64);
@@ -35,7 +35,13 @@ const OPTIONS: EngineOptions = EngineOptions {
 
 fn model(name: &str, dtype: WeightDtype, kv_dtype: KvDtype, threads: usize) -> Arc<Model> {
     let options = LoadOptions { dtype, threads, kv_dtype: Some(kv_dtype) };
-    let checkpoint = if name == "experts of 4 bits" { int4_checkpoint(32) } else { Golden::named(name).checkpoint() };
+    let checkpoint = match name {
+        "experts of 4 bits" => int4_checkpoint(32),
+        "windows" => windows_checkpoint("dense_untied_gqa", &[40, 40, 0]),
+        "windows and experts" => windows_checkpoint("moe_k2", &[33, 0, 33]),
+        "windows only" => windows_checkpoint("dense_bias_mqa", &[7, 7]),
+        _ => Golden::named(name).checkpoint(),
+    };
     Arc::new(Model::load_with(&checkpoint, options).unwrap())
 }
 
@@ -86,7 +92,7 @@ fn request(random: &mut Random, common: &[u32]) -> Request {
     Request { prompt, params, logprobs: true }
 }
 
-/// 280 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
+/// 440 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
 /// threads; dense and routed models, one with a prediction block, every form of weights and cache.
 #[test]
 fn every_request_gets_the_same_bits_as_alone() {
@@ -99,6 +105,9 @@ fn every_request_gets_the_same_bits_as_alone() {
         ("moe_odd", WeightDtype::Int8, KvDtype::Bf16),
         ("moe_mtp", WeightDtype::F32, KvDtype::F32),
         ("experts of 4 bits", WeightDtype::Auto, KvDtype::Bf16),
+        ("windows", WeightDtype::Int8, KvDtype::Bf16),
+        ("windows and experts", WeightDtype::F32, KvDtype::Int8),
+        ("windows only", WeightDtype::F32, KvDtype::F32),
     ];
     let (mut preempted, mut found, mut right) = (0, 0, 0);
     for (form, (name, dtype, kv_dtype)) in forms.into_iter().enumerate() {
@@ -114,7 +123,8 @@ fn every_request_gets_the_same_bits_as_alone() {
                 ernie_kernels::paged::KvBlocks::bytes_per_block(layers, heads, d, kv_dtype)
             };
             let options = EngineOptions {
-                cache_bytes: per_block * (3 + random.below(5)),
+                // A window of 40 positions takes four blocks at least.
+                cache_bytes: per_block * (if name.starts_with("windows") { 4 } else { 3 } + random.below(5)),
                 max_batch_size: 1 + random.below(6),
                 token_budget: 1 + random.below(50),
                 dynamic_batching: random.below(6) > 0,
@@ -151,6 +161,7 @@ fn every_request_gets_the_same_bits_as_alone() {
             }
             let stats = engine.stats();
             assert_eq!(stats.free_blocks + stats.cached_blocks, stats.blocks);
+            assert_eq!(stats.free_window_blocks + stats.cached_window_blocks, stats.window_blocks);
             preempted += stats.preemptions;
             found += stats.cached_tokens;
             right += engine.draft_stats().right;

@@ -3,7 +3,9 @@ use std::borrow::Cow;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use ernie_checkpoint::{Checkpoint, Config, QuantizeOptions, QuantizeScheme, SaveDtype, SaveOptions, TensorRole, quantize, save};
+use ernie_checkpoint::{
+    AttentionKind, Checkpoint, Config, Mechanisms, QuantizeOptions, QuantizeScheme, SaveDtype, SaveOptions, TensorRole, quantize, save,
+};
 use ernie_engine::{Model, WeightDtype};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -117,6 +119,16 @@ pub fn int4_checkpoint(group: usize) -> Checkpoint {
     let options = QuantizeOptions { scheme: QuantizeScheme::W4a8 { group }, ..QuantizeOptions::default() };
     quantize(&Checkpoint::open(from.path()).unwrap(), None, out.path(), options, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();
     Checkpoint::open(out.path()).unwrap()
+}
+
+/// A golden's weights under layers that see a window of so many positions, 0 for all.
+pub fn windows_checkpoint(name: &str, windows: &[usize]) -> Checkpoint {
+    let golden = Golden::named(name);
+    golden.copy(SaveDtype::F32, |config| {
+        let kind = |&window: &usize| if window > 0 { AttentionKind::Sliding } else { AttentionKind::Full };
+        let (layer_types, sliding_window) = (Some(windows.iter().map(kind).collect()), windows.iter().copied().max());
+        config.mechanisms = Mechanisms { layer_types, sliding_window };
+    })
 }
 
 /// Largest absolute difference.

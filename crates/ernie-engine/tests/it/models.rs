@@ -77,7 +77,7 @@ fn no_cut_of_the_tokens_changes_a_bit() {
 /// Longer than a prefill chunk and than the first capacity of the cache, so both boundaries are crossed, at different places.
 #[test]
 fn long_prompts_cross_chunks_and_cache_growth_without_changing_a_bit() {
-    for name in ["dense_untied_gqa", "moe_k2"] {
+    for name in ["dense_untied_gqa", "moe_k2", "dense_local"] {
         let golden = Golden::named(name);
         let model = Model::load(&golden.copy(SaveDtype::F32, |config| config.max_position_embeddings = 1024)).unwrap();
         let ids: Vec<u32> = (0..700).map(|i| 1 + i * 31 % 90).collect();

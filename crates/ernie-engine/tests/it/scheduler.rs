@@ -2,7 +2,7 @@
 use std::collections::HashMap;
 
 use ernie_engine::Error;
-use ernie_engine::scheduler::{BlockId, Plan, Scheduler, SchedulerOptions, SequenceId};
+use ernie_engine::scheduler::{BlockId, Plan, Scheduler, SchedulerOptions, SequenceId, WindowOptions};
 
 const OPTIONS: SchedulerOptions = SchedulerOptions {
     block_size: 4,
@@ -12,6 +12,7 @@ const OPTIONS: SchedulerOptions = SchedulerOptions {
     dynamic_batching: true,
     prefix_cache: true,
     max_len: 200,
+    windows: None,
 };
 
 /// Reproducible numbers.
@@ -42,6 +43,8 @@ struct World {
     plan: Plan,
     /// What each place of each block holds.
     store: HashMap<(BlockId, usize), u32>,
+    /// The same of the layers that see a window, with the position it was written for.
+    window_store: HashMap<(BlockId, usize), (usize, u32)>,
     prompts: HashMap<SequenceId, (Vec<u32>, usize)>,
     finished: HashMap<SequenceId, Vec<u32>>,
     steps: usize,
@@ -50,8 +53,16 @@ struct World {
 impl World {
     fn new(options: SchedulerOptions) -> Self {
         let scheduler = Scheduler::new(options).unwrap();
-        let (store, prompts, finished) = (HashMap::new(), HashMap::new(), HashMap::new());
-        World { options, scheduler, plan: Plan::default(), store, prompts, finished, steps: 0 }
+        World {
+            options,
+            scheduler,
+            plan: Plan::default(),
+            store: HashMap::new(),
+            window_store: HashMap::new(),
+            prompts: HashMap::new(),
+            finished: HashMap::new(),
+            steps: 0,
+        }
     }
 
     fn submit(&mut self, id: u64, prompt: Vec<u32>, max_new_tokens: usize) {
@@ -63,7 +74,7 @@ impl World {
 
     /// Plans, computes and commits a step; `cancel` names a sequence to cancel between planning and committing.
     fn step(&mut self, cancel: Option<SequenceId>) {
-        let World { options, scheduler, plan, store, .. } = self;
+        let World { options, scheduler, plan, store, window_store, .. } = self;
         scheduler.plan(plan);
         self.steps += 1;
         assert!(plan.tokens.len() <= options.token_budget, "{} tokens under a budget of {}", plan.tokens.len(), options.token_budget);
@@ -79,6 +90,17 @@ impl World {
                 store.insert(place, token);
             }
         }
+        if options.windows.is_some() {
+            let mut written = HashMap::new();
+            for item in &plan.items {
+                let blocks = &plan.window_blocks[item.window_blocks.clone()];
+                for (position, &token) in (item.start..).zip(&plan.tokens[item.tokens.clone()]) {
+                    let place = (blocks[position / options.block_size - item.gone], position % options.block_size);
+                    assert!(written.insert(place, item.id).is_none(), "two tokens write to one place of the windows");
+                    window_store.insert(place, (position, token));
+                }
+            }
+        }
         let mut results = Vec::new();
         for item in &plan.items {
             let known = scheduler.tokens(item.id).unwrap();
@@ -91,6 +113,13 @@ impl World {
                 let place = (blocks[position / options.block_size], position % options.block_size);
                 assert_eq!(store.get(&place), Some(token), "{:?}: position {position} of its past is not its own", item.id);
                 assert!(written.get(&place).is_none_or(|writer| *writer == item.id), "a block in use is written by another");
+            }
+            if let Some(WindowOptions { window, .. }) = options.windows {
+                let blocks = &plan.window_blocks[item.window_blocks.clone()];
+                for (position, &token) in all.iter().enumerate().skip((item.start + 1).saturating_sub(window)) {
+                    let place = (blocks[position / options.block_size - item.gone], position % options.block_size);
+                    assert_eq!(window_store.get(&place), Some(&(position, token)), "{:?}: position {position} of its window", item.id);
+                }
             }
             let mut accepted = Vec::new();
             for sample in 0..item.samples {
@@ -127,6 +156,7 @@ impl World {
         let stats = scheduler.stats();
         assert_eq!(stats.running + stats.waiting, self.prompts.len());
         assert!(stats.free_blocks + stats.cached_blocks <= stats.blocks);
+        assert!(stats.free_window_blocks + stats.cached_window_blocks <= stats.window_blocks);
     }
 
     fn run(&mut self) {
@@ -138,15 +168,20 @@ impl World {
         }
         let stats = self.scheduler.stats();
         assert_eq!(stats.free_blocks + stats.cached_blocks, stats.blocks, "a block is lost");
+        assert_eq!(stats.free_window_blocks + stats.cached_window_blocks, stats.window_blocks, "a block of a window is lost");
     }
 }
 
 #[test]
 fn random_arrivals_cancels_and_tiny_caches_lose_nothing_and_change_no_answer() {
-    let mut preemptions = 0;
-    for seed in 0..600 {
+    let (mut preemptions, mut found_in_windows) = (0, 0);
+    for seed in 0..1200 {
         let random = &mut Random(seed);
         let block_size = 1 + random.below(6);
+        let windows = (seed >= 600).then(|| {
+            let window = 1 + random.below(20);
+            WindowOptions { window, blocks: WindowOptions::fewest(window, block_size) + random.below(16) }
+        });
         let options = SchedulerOptions {
             block_size,
             blocks: 1 + random.below(24),
@@ -155,6 +190,7 @@ fn random_arrivals_cancels_and_tiny_caches_lose_nothing_and_change_no_answer() {
             dynamic_batching: seed % 5 != 0,
             prefix_cache: seed % 3 != 0,
             max_len: 8 + random.below(60),
+            windows,
         };
         let mut world = World::new(options);
         let longest = world.scheduler.max_len();
@@ -193,7 +229,9 @@ fn random_arrivals_cancels_and_tiny_caches_lose_nothing_and_change_no_answer() {
         }
         world.run();
         preemptions += world.scheduler.stats().preemptions;
+        found_in_windows += if seed >= 600 { world.scheduler.stats().cached_tokens } else { 0 };
     }
+    assert!(found_in_windows > 500, "known beginnings were to be found: {found_in_windows} tokens");
     assert!(preemptions > 100, "the caches were meant to be too small: {preemptions} preemptions");
 }
 
@@ -250,6 +288,35 @@ fn the_latest_comer_gives_way_and_comes_back_first() {
     assert_eq!(world.scheduler.running()[0], SequenceId(2), "and is let in before the third");
     world.run();
     assert_eq!(world.finished.len(), 3);
+}
+
+#[test]
+fn a_long_text_holds_the_blocks_of_its_window_and_no_more() {
+    let windows = Some(WindowOptions { window: 10, blocks: 12 });
+    let mut world = World::new(SchedulerOptions { windows, prefix_cache: false, max_batch_size: 1, ..OPTIONS });
+    world.submit(1, (0..40).collect(), 100);
+    while !world.scheduler.is_idle() {
+        world.step(None);
+        let stats = world.scheduler.stats();
+        let (held, most) = (stats.window_blocks - stats.free_window_blocks, 10usize.div_ceil(4) + 1);
+        assert!(held <= most, "{held} blocks between two steps");
+    }
+    assert_eq!(world.finished.len(), 1);
+}
+
+#[test]
+fn a_known_beginning_needs_only_its_window() {
+    let windows = Some(WindowOptions { window: 6, blocks: 5 });
+    let mut world = World::new(SchedulerOptions { windows, token_budget: 4, ..OPTIONS });
+    let prompt: Vec<u32> = (0..34).collect();
+    world.submit(1, prompt.clone(), 3);
+    world.run();
+    // Of the eight whole blocks the first have long been given up by the windows.
+    world.submit(2, prompt.clone(), 3);
+    world.step(None);
+    assert_eq!((world.plan.items[0].start, world.plan.items[0].gone), (32, 6));
+    world.run();
+    assert_eq!(world.scheduler.stats().cached_tokens, 32);
 }
 
 #[test]
@@ -333,6 +400,7 @@ fn what_cannot_be_is_refused() {
         ("blocks", SchedulerOptions { blocks: 0, ..OPTIONS }),
         ("token_budget", SchedulerOptions { token_budget: 0, ..OPTIONS }),
         ("max_batch_size", SchedulerOptions { max_batch_size: 0, ..OPTIONS }),
+        ("windows.blocks", SchedulerOptions { windows: Some(WindowOptions { window: 9, blocks: 4 }), ..OPTIONS }),
     ] {
         assert!(matches!(Scheduler::new(options), Err(Error::Parameter { field: got, .. }) if got == field));
     }

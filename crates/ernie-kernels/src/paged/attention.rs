@@ -1,4 +1,6 @@
 //! Attention of queries to keys and values in blocks.
+use std::ops::Range;
+
 use super::{BLOCK, KvBlocks, KvDtype, Spans};
 use crate::arch::dot_bf16;
 use crate::arch::exp::exp;
@@ -10,23 +12,28 @@ use crate::arch::widen::narrow_pairs;
 use crate::rope::{self, RopeTable};
 use crate::scratch::Scratch;
 
-/// Causal attention of each row to the positions of its sequence up to its own, which must have been stored: `out` `[rows, q_heads·head_dim]`;
-/// queries are the first `q_heads·head_dim` columns of the rows of `q`, to be turned by the angles of their positions if there is a `rope`. Query head h reads key
-/// head `h / (q_heads / kv_heads)`; scores are scaled by 1/√head_dim.
+/// The keys and values of a layer, and how they are read.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// The cache it is in.
+    pub kv: &'a KvBlocks,
+    /// Its number there.
+    pub layer: usize,
+    /// Query heads, a multiple of the key heads. Query head h reads key head `h / (q_heads / kv_heads)`.
+    pub q_heads: usize,
+    /// How many positions back, its own included, a query sees; `None`: all.
+    pub window: Option<usize>,
+}
+
+/// Causal attention of each row to the positions of its sequence up to its own, as far as the window goes back, which must have been stored:
+/// `out` `[rows, q_heads·head_dim]`; queries are the first `q_heads·head_dim` columns of the rows of `q`, to be turned by the angles of their positions if
+/// there is a `rope`. Scores are scaled by 1/√head_dim.
 ///
 /// # Panics
 /// If sizes do not fit.
-#[allow(clippy::too_many_arguments)] // Operands, their place in the cache, and what each row sees.
-pub fn attention(
-    pool: &Pool,
-    out: &mut [f32],
-    q: Mat<'_>,
-    rope: Option<&RopeTable>,
-    kv: &KvBlocks,
-    layer: usize,
-    q_heads: usize,
-    spans: &mut Spans,
-) {
+pub fn attention(pool: &Pool, out: &mut [f32], q: Mat<'_>, rope: Option<&RopeTable>, of: Layer<'_>, spans: &mut Spans) {
+    let Layer { kv, layer, q_heads, window } = of;
+    assert!(window != Some(0), "a window of no positions");
     assert!(kv.kv_heads > 0 && q_heads.is_multiple_of(kv.kv_heads), "{q_heads} query heads over {} key heads", kv.kv_heads);
     let (d, group) = (kv.head_dim, q_heads / kv.kv_heads);
     assert!(q.rows() == spans.rows() && q.cols() >= q_heads * d, "queries for {} rows", spans.rows());
@@ -37,7 +44,7 @@ pub fn attention(
         let rows = spans.rows[task].clone();
         let start = span.start + rows.start - span.rows.start;
         let queries = q.rows_of(rows).columns(col..col + group * d);
-        let keys = Keys { kv, layer, head: col / (group * d), blocks: spans.blocks_of(span) };
+        let keys = Keys { kv, layer, head: col / (group * d), blocks: spans.blocks_of(span), first_block: span.first_block, window };
         attend(&mut out, queries, rope, keys, start, group);
     });
 }
@@ -48,6 +55,16 @@ struct Keys<'a> {
     layer: usize,
     head: usize,
     blocks: &'a [u32],
+    /// Positions of `blocks` count from this block on.
+    first_block: usize,
+    window: Option<usize>,
+}
+
+impl Keys<'_> {
+    /// The first position that the query at a position sees.
+    fn first_seen(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
 }
 
 /// One key head: queries `[tokens, group·d]`, the first token at position `start`.
@@ -90,17 +107,22 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
     let mut rounded = [0u32; ROWS * BLOCK / 2];
     let packed_words: &[u32] = bytemuck::cast_slice(&packed);
 
-    let last = start + tokens - 1;
-    for (index, &block) in keys.blocks[..=last / BLOCK].iter().enumerate() {
-        let first_key = index * BLOCK;
+    let (first, last) = (keys.first_seen(start), start + tokens - 1);
+    assert!(first / BLOCK >= keys.first_block, "position {first} is no longer in the cache");
+    for index in first / BLOCK..=last / BLOCK {
+        let (first_key, block) = (index * BLOCK, keys.blocks[index - keys.first_block]);
         let (k, v) = if native { (&[][..], &[][..]) } else { keys.kv.load(keys.layer, block, keys.head, &mut wide) };
         let (k_words, v_words) = if native { keys.kv.words(keys.layer, block, keys.head) } else { (&[][..], &[][..]) };
         for tile_index in 0..tiles {
             let range = tile_index * ROWS..(tile_index * ROWS + ROWS).min(rows);
-            // Positions of this block that a row sees: at most those its tile's last row sees.
-            let seen = |row: usize| (start + row / group + 1).saturating_sub(first_key).min(BLOCK);
-            let most = seen(range.end - 1);
-            if most == 0 {
+            // Positions of this block that a row sees: at most those that its tile's last row sees, and from those on that its first row sees.
+            let seen = |row: usize| {
+                let position = start + row / group;
+                let from = keys.first_seen(position).saturating_sub(first_key).min(BLOCK);
+                from..(position + 1).saturating_sub(first_key).min(BLOCK)
+            };
+            let most = seen(range.end - 1).end;
+            if most == 0 || seen(range.start).start == BLOCK {
                 continue;
             }
             let height = range.len();
@@ -110,7 +132,7 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
             } else {
                 scores_of(&mut corner, &packed[tile_index * ROWS * d..][..ROWS * d], k, d);
             }
-            let seen_by: [usize; ROWS] = std::array::from_fn(|i| seen((range.start + i).min(range.end - 1)));
+            let seen_by: [Range<usize>; ROWS] = std::array::from_fn(|i| seen((range.start + i).min(range.end - 1)));
             let values = &mut values[range.start * width..range.end * width];
             softmax(&mut scores, &seen_by, &mut maxima[range.clone()], &mut sums[range.clone()], values, width);
             if native {
@@ -206,14 +228,16 @@ fn larger(a: f32, b: f32) -> f32 {
 simd_fn! {
     /// The scores of a tile's rows become weights against each row's largest score so far; what was summed before is brought to the same base. Row by row
     /// for itself, all in one call: a call for each took twice as long.
-    fn softmax<FMA>(scores: &mut [f32], seen: &[usize; ROWS], maxima: &mut [f32], sums: &mut [f32], values: &mut [f32], width: usize) {
+    fn softmax<FMA>(scores: &mut [f32], seen: &[Range<usize>; ROWS], maxima: &mut [f32], sums: &mut [f32], values: &mut [f32], width: usize) {
         let add = |a: f32, b: f32| a + b;
         let rows = scores.chunks_exact_mut(BLOCK).zip(maxima).zip(sums).zip(values.chunks_exact_mut(width)).zip(seen);
-        for ((((scores, max), sum), values), &seen) in rows {
+        for ((((scores, max), sum), values), seen) in rows {
             let scores: &mut [f32; BLOCK] = scores.try_into().expect("a block of scores");
-            if seen < BLOCK {
+            let (from, to) = (seen.start, seen.end);
+            let whole = from == 0 && to == BLOCK;
+            if !whole {
                 for (i, score) in scores.iter_mut().enumerate() {
-                    *score = if i < seen { *score } else { f32::NEG_INFINITY };
+                    *score = if i >= from && i < to { *score } else { f32::NEG_INFINITY };
                 }
             }
             let most = halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, larger), larger), larger), larger), larger)[0];
@@ -228,9 +252,10 @@ simd_fn! {
             for score in scores.iter_mut() {
                 *score = exp::<FMA>(*score - *max);
             }
-            if seen < BLOCK {
+            // A row that has seen nothing yet has no largest score, and what was computed with it is no number.
+            if !whole {
                 for (i, score) in scores.iter_mut().enumerate() {
-                    *score = if i < seen { *score } else { 0.0 };
+                    *score = if i >= from && i < to { *score } else { 0.0 };
                 }
             }
             *sum += halve::<2, 1>(halve::<4, 2>(halve::<8, 4>(halve::<16, 8>(halve(*scores, add), add), add), add), add)[0];
