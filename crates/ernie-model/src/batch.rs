@@ -16,6 +16,8 @@ pub struct PackedBatch {
     pub targets: Arc<[i32]>,
     /// Document bounds, `[documents + 1]`.
     pub cu_seqlens: Arc<[u32]>,
+    /// Factors of the tokens' losses, `[t]`; all 1 without them.
+    pub weights: Option<Arc<[f32]>>,
 }
 
 impl PackedBatch {
@@ -30,7 +32,7 @@ impl PackedBatch {
             targets.push(IGNORE);
             cu_seqlens.push(ids.len() as u32);
         }
-        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: cu_seqlens.into() }
+        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: cu_seqlens.into(), weights: None }
     }
 
     /// The batch one token further on, for multi-token prediction: for each position the id of the *next* token, and the token after that as
@@ -50,7 +52,7 @@ impl PackedBatch {
                 ids[end - 1] = self.targets[end - 1] as u32;
             }
         }
-        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: self.cu_seqlens.clone() }
+        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: self.cu_seqlens.clone(), weights: self.weights.clone() }
     }
 
     /// Number of tokens.

@@ -33,7 +33,7 @@ impl Ernie {
         let plain = self.without_tape().model;
         let mut x_th = ops::embedding(plain.embed_tokens.weight.val(), &batch.ids);
         for (index, layer) in plain.layers.iter().enumerate() {
-            let (y_th, chosen) = layer.forward(x_th.clone(), &context);
+            let (y_th, chosen) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
             inputs.push(std::mem::replace(&mut x_th, y_th));
             routing.extend(chosen.map(|routing| (index, routing)));
         }
@@ -47,9 +47,9 @@ impl Ernie {
 
         let mut gradients = NamedParameters::new();
         let mut dx_th = self.backward_to(x_th, scaled(total, share), &mut gradients);
-        for (layer, x_th) in self.model.layers.iter().zip(inputs).rev() {
+        for ((index, layer), x_th) in self.model.layers.iter().enumerate().zip(inputs).rev() {
             let x_th = leaf(x_th);
-            let (y_th, routing) = layer.forward(x_th.clone(), &context);
+            let (y_th, routing) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
             // A number whose gradient with respect to y is dy.
             let mut loss = (y_th * Tensor::from_inner(dx_th)).sum();
             if let Some(routing) = routing {

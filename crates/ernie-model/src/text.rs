@@ -11,7 +11,7 @@ use crate::{
     mtp::Mtp,
     norm::RmsNorm,
     ops,
-    ops::{AttentionContext, LayerContext, Precision},
+    ops::{AttentionContext, LayerContext, LossContext, Precision},
 };
 use burn::{module::Param, prelude::*};
 use ernie_checkpoint::Config;
@@ -148,8 +148,10 @@ pub struct LossWeights {
 pub struct Losses {
     /// Weighted sum, on the tape, `[1]`.
     pub total: Tensor<1>,
-    /// Mean cross-entropy in nats.
+    /// Mean cross-entropy in nats, without the batch's weights.
     pub cross_entropy: f32,
+    /// Cross-entropy of each token, `[t]`, 0 where it is not scored.
+    pub token_losses: Vec<f32>,
     /// Mean cross-entropy of multi-token prediction, if the model has it and its weight is not 0.
     pub mtp: Option<f32>,
     /// Mean balance loss over MoE layers.
@@ -214,7 +216,7 @@ impl Ernie {
         let mut x_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
         let mut routing = Vec::new();
         for (index, layer) in self.model.layers.iter().enumerate() {
-            let (y_th, chosen) = layer.forward(x_th, &context);
+            let (y_th, chosen) = layer.forward(x_th, &context.seeing(self.config.window(index)));
             x_th = y_th;
             routing.extend(chosen.map(|routing| (index, routing)));
         }
@@ -232,9 +234,13 @@ impl Ernie {
 
     /// Mean cross-entropy of the scored positions, on the tape, `[1]`; the logits are never all in memory unless the head has a bias.
     pub fn cross_entropy(&self, states_th: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
+        self.cross_entropy_of(states_th, &LossContext::new(targets, self.precision))
+    }
+
+    fn cross_entropy_of(&self, states_th: Tensor<2>, context: &LossContext) -> Tensor<1> {
         match &self.lm_head.bias {
-            Some(_) => ops::plain::cross_entropy(self.logits(states_th), targets),
-            None => ops::head_cross_entropy(states_th, self.head_weight(), targets, self.precision),
+            Some(_) => ops::plain::cross_entropy(self.logits(states_th), context),
+            None => ops::head_cross_entropy(states_th, self.head_weight(), context),
         }
     }
 
@@ -251,20 +257,28 @@ impl Ernie {
 
     /// The terms of the loss that normed hidden states decide: cross-entropy and multi-token prediction.
     pub(crate) fn head_losses(&self, states_th: Tensor<2>, batch: &PackedBatch, weights: &LossWeights) -> Losses {
-        let mut total = self.cross_entropy(states_th.clone(), &batch.targets);
-        let cross_entropy = ops::scalar(&total);
+        let context =
+            |batch: &PackedBatch| LossContext { weights: batch.weights.clone(), ..LossContext::new(&batch.targets, self.precision) };
+        let main = context(batch);
+        let mut total = self.cross_entropy_of(states_th.clone(), &main);
+        let token_losses = main.token_losses.get().cloned().unwrap_or_default();
+        let cross_entropy = match &batch.weights {
+            None => ops::scalar(&total),
+            Some(_) => (token_losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / batch.scored().max(1) as f64) as f32,
+        };
         let mut mtp = None;
         if let Some(block) = self.model.mtp.as_ref().filter(|_| weights.mtp != 0.0) {
             let next = batch.shifted();
             let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &next.ids);
             let states_th = self.model.norm.forward(block.forward(embedding_th, states_th, &self.layer_context(batch)));
-            let term = self.cross_entropy(states_th, &next.targets);
+            let term = self.cross_entropy_of(states_th, &context(&next));
             mtp = Some(ops::scalar(&term));
             total = total + term * weights.mtp;
         }
-        Losses { total, cross_entropy, mtp, balance: None, z: None, usage: Vec::new() }
+        Losses { total, cross_entropy, token_losses, mtp, balance: None, z: None, usage: Vec::new() }
     }
 
+    /// For layers that see all; [`LayerContext::seeing`] for the others.
     pub(crate) fn layer_context(&self, batch: &PackedBatch) -> LayerContext {
         let config = &self.config;
         let shape =

@@ -2,7 +2,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use super::{
-    AttentionContext, ExpertsContext, Precision,
+    AttentionContext, ExpertsContext, LossContext, Precision,
     fused::{Fused, FusedKernels},
 };
 use burn::{
@@ -102,8 +102,8 @@ impl Fused for Flex {
     fn fused_routed_experts(x: X, gate: X, up: X, down: X, weights: X, context: ExpertsContext) -> X {
         <Self as FusedKernels>::routed_experts_kernel(&[x, gate, up, down, weights], &context).0
     }
-    fn fused_head_cross_entropy(states: X, w: X, targets: Arc<[i32]>, precision: Precision) -> X {
-        <Self as FusedKernels>::head_cross_entropy_kernel(&states, &w, &targets, precision)
+    fn fused_head_cross_entropy(states: X, w: X, context: LossContext) -> X {
+        <Self as FusedKernels>::head_cross_entropy_kernel(&states, &w, &context)
     }
     fn fused_embedding(w: X, ids: Arc<[u32]>) -> X {
         <Self as FusedKernels>::embedding_kernel(&w, &ids)
@@ -247,19 +247,26 @@ impl FusedKernels for Flex {
         gradients.map(|gradient| tensor(gradient, shapes.next().expect("a shape for each")))
     }
 
-    fn head_cross_entropy_kernel(states: &X, w: &X, targets: &[i32], precision: Precision) -> X {
+    fn head_cross_entropy_kernel(states: &X, w: &X, context: &LossContext) -> X {
         let (states, w) = (ordered(states), ordered(w));
-        let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), targets, precision);
-        let scored = targets.iter().filter(|&&target| target != kernels::cross_entropy::IGNORE).count();
-        let sum = losses.iter().map(|&loss| loss as f64).sum::<f64>();
-        tensor(vec![(sum / scored.max(1) as f64) as f32], [1])
+        let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), &context.targets, context.precision);
+        tensor(vec![context.finish(losses)], [1])
     }
 
-    fn head_cross_entropy_with_gradient(states: &X, w: &X, targets: &[i32], precision: Precision) -> (X, [X; 2]) {
+    fn head_cross_entropy_with_gradient(states: &X, w: &X, context: &LossContext) -> (X, [X; 2]) {
         let (states, w) = (ordered(states), ordered(w));
         let (mut dstates, mut dw) = (buffer(len(&states)), buffer(len(&w)));
-        let loss = kernels::cross_entropy::loss_and_grad(&mut dstates, &mut dw, slice(&states), slice(&w), targets, precision);
-        (tensor(vec![loss], [1]), [tensor(dstates, shape(&states)), tensor(dw, shape(&w))])
+        let (targets, precision) = (&context.targets, context.precision);
+        let losses = kernels::cross_entropy::weighted_loss_and_grad(
+            &mut dstates,
+            &mut dw,
+            slice(&states),
+            slice(&w),
+            targets,
+            &context.shares(),
+            precision,
+        );
+        (tensor(vec![context.finish(losses)], [1]), [tensor(dstates, shape(&states)), tensor(dw, shape(&w))])
     }
 
     fn scaled_kernel(mut x: X, s: &X) -> X {

@@ -1,7 +1,7 @@
 //! The operators as Burn's dispatcher sees them.
 use std::sync::Arc;
 
-use super::{AttentionContext, ExpertsContext, Precision};
+use super::{AttentionContext, ExpertsContext, LossContext, Precision};
 use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
 
 /// Fused operators with a gradient; see the functions of the same names in [`super`].
@@ -43,12 +43,7 @@ pub(super) trait Fused: Backend {
         weights: FloatTensor<Self>,
         context: ExpertsContext,
     ) -> FloatTensor<Self>;
-    fn fused_head_cross_entropy(
-        states: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        targets: Arc<[i32]>,
-        precision: Precision,
-    ) -> FloatTensor<Self>;
+    fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, context: LossContext) -> FloatTensor<Self>;
     fn fused_embedding(w: FloatTensor<Self>, ids: Arc<[u32]>) -> FloatTensor<Self>;
 }
 
@@ -100,18 +95,12 @@ pub(super) trait FusedKernels: Backend {
         precision: Precision,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 5];
-    fn head_cross_entropy_kernel(
-        states: &FloatTensor<Self>,
-        w: &FloatTensor<Self>,
-        targets: &[i32],
-        precision: Precision,
-    ) -> FloatTensor<Self>;
+    fn head_cross_entropy_kernel(states: &FloatTensor<Self>, w: &FloatTensor<Self>, context: &LossContext) -> FloatTensor<Self>;
     /// The loss and its gradients with respect to states and weights, made in one pass.
     fn head_cross_entropy_with_gradient(
         states: &FloatTensor<Self>,
         w: &FloatTensor<Self>,
-        targets: &[i32],
-        precision: Precision,
+        context: &LossContext,
     ) -> (FloatTensor<Self>, [FloatTensor<Self>; 2]);
     /// `x · s` for a one-element s, in place where the tensor is not shared.
     fn scaled_kernel(x: FloatTensor<Self>, s: &FloatTensor<Self>) -> FloatTensor<Self>;

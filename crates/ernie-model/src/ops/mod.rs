@@ -4,8 +4,9 @@
 //! of `ernie-kernels` with a hand-written backward, declared to Burn as a *backend extension*: `fused` names the operators, `flex` runs
 //! them on slices, `tape` records them. On any other device it runs its twin in [`plain`], made of Burn's own operators, which is also
 //! the oracle of the tests.
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use crate::batch::IGNORE;
 use burn::{backend::Dispatch, prelude::*};
 pub use ernie_kernels::matmul::Precision;
 use ernie_kernels::{attention::Shape, rope::RopeTable};
@@ -39,6 +40,13 @@ pub struct LayerContext {
     pub precision: Precision,
 }
 
+impl LayerContext {
+    /// The same for a layer whose tokens see the last `window` tokens, or all.
+    pub fn seeing(&self, window: Option<usize>) -> Self {
+        Self { attention: AttentionContext { window, ..self.attention.clone() }, ..*self }
+    }
+}
+
 /// Which experts each token goes to.
 #[derive(Debug, Clone)]
 pub struct ExpertsContext {
@@ -48,6 +56,50 @@ pub struct ExpertsContext {
     pub top_k: usize,
     /// Of the experts' products.
     pub precision: Precision,
+}
+
+/// What the head's loss is made of beside states and weights.
+#[derive(Debug, Clone)]
+pub struct LossContext {
+    /// `[t]`, `IGNORE` = not scored.
+    pub targets: Arc<[i32]>,
+    /// Factors of the tokens' losses, `[t]`; all 1 without them.
+    pub weights: Option<Arc<[f32]>>,
+    /// Of the head's products.
+    pub precision: Precision,
+    /// Where the operator leaves the tokens' losses in nats, `[t]`, 0 where not scored, without the factors.
+    pub token_losses: Arc<OnceLock<Vec<f32>>>,
+}
+
+impl LossContext {
+    /// For the mean loss of the scored targets.
+    pub fn new(targets: &Arc<[i32]>, precision: Precision) -> Self {
+        Self { targets: targets.clone(), weights: None, precision, token_losses: Arc::default() }
+    }
+
+    fn scored(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE).count().max(1)
+    }
+
+    /// What each token's loss counts in the mean, `[t]`.
+    fn shares(&self) -> Vec<f32> {
+        let share = 1.0 / self.scored() as f32;
+        match &self.weights {
+            None => vec![share; self.targets.len()],
+            Some(weights) => weights.iter().map(|weight| weight * share).collect(),
+        }
+    }
+
+    /// The mean of the tokens' losses, which are kept.
+    fn finish(&self, losses: Vec<f32>) -> f32 {
+        let sum: f64 = match &self.weights {
+            None => losses.iter().map(|&loss| f64::from(loss)).sum(),
+            Some(weights) => losses.iter().zip(weights.iter()).map(|(&loss, &weight)| f64::from(loss) * f64::from(weight)).sum(),
+        };
+        // A second use of one context would tell the same.
+        let _ = self.token_losses.set(losses);
+        (sum / self.scored() as f64) as f32
+    }
 }
 
 /// `x_ti · w_oiᵀ` → `[t, o]`.
@@ -126,12 +178,12 @@ pub fn routed_experts(x_th: Tensor<2>, stacks: [Tensor<3>; 3], weights_tk: Tenso
     Tensor::from_dispatch(y)
 }
 
-/// Mean cross-entropy `[1]` of `softmax(states · wᵀ)` against targets `[t]` (`IGNORE` = not scored); no logits are kept.
-pub fn head_cross_entropy(states_th: Tensor<2>, w_vh: Tensor<2>, targets: &Arc<[i32]>, precision: Precision) -> Tensor<1> {
+/// Mean cross-entropy `[1]` of `softmax(states · wᵀ)` against the context's targets; no logits are kept.
+pub fn head_cross_entropy(states_th: Tensor<2>, w_vh: Tensor<2>, context: &LossContext) -> Tensor<1> {
     if !runs_kernels(&states_th.device()) {
-        return plain::cross_entropy(plain::linear(states_th, w_vh), targets);
+        return plain::cross_entropy(plain::linear(states_th, w_vh), context);
     }
-    Tensor::from_dispatch(Dispatch::fused_head_cross_entropy(states_th.into_dispatch(), w_vh.into_dispatch(), targets.clone(), precision))
+    Tensor::from_dispatch(Dispatch::fused_head_cross_entropy(states_th.into_dispatch(), w_vh.into_dispatch(), context.clone()))
 }
 
 /// Rows `ids` of `w_vh`: `[t, h]`.

@@ -1,7 +1,7 @@
 //! The operators in Burn's own tensor operations: slow, differentiable by Burn, and the oracle of the fused ones.
 use std::sync::Arc;
 
-use super::{AttentionContext, ExpertsContext};
+use super::{AttentionContext, ExpertsContext, LossContext};
 use crate::batch::IGNORE;
 use burn::{
     prelude::*,
@@ -104,16 +104,22 @@ pub fn routed_experts(x_th: Tensor<2>, [gate, up, down]: [Tensor<3>; 3], weights
     y_th
 }
 
-/// Mean cross-entropy `[1]` of logits `[t, v]` over the scored targets.
-pub fn cross_entropy(logits_tv: Tensor<2>, targets: &Arc<[i32]>) -> Tensor<1> {
-    let device = logits_tv.device();
+/// Mean cross-entropy `[1]` of logits `[t, v]` over the scored targets, each with its factor.
+pub fn cross_entropy(logits_tv: Tensor<2>, context: &LossContext) -> Tensor<1> {
+    let (device, targets) = (logits_tv.device(), &context.targets);
     let scored = targets.iter().filter(|&&target| target != IGNORE).count().max(1);
     let index = targets.iter().map(|&target| target.max(0) as i64).collect::<Vec<_>>();
     let index_t1 = Tensor::<2, Int>::from_data(TensorData::new(index, [targets.len(), 1]), &device);
     let mask = targets.iter().map(|&target| f32::from(target != IGNORE)).collect::<Vec<_>>();
     let mask_t1 = Tensor::<2>::from_data(TensorData::new(mask, [targets.len(), 1]), &device);
     let log_p_t1 = activation::log_softmax(logits_tv, 1).gather(1, index_t1);
-    (log_p_t1 * mask_t1).sum().neg() / scored as f64
+    let losses_t1 = (log_p_t1 * mask_t1).neg();
+    let _ = context.token_losses.set(super::host_f32(&losses_t1));
+    let weighted_t1 = match &context.weights {
+        None => losses_t1,
+        Some(weights) => losses_t1 * Tensor::from_data(TensorData::new(weights.to_vec(), [targets.len(), 1]), &device),
+    };
+    weighted_t1.sum() / scored as f64
 }
 
 /// Rows `ids` of `w_vh`.

@@ -2,7 +2,7 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionContext, ExpertsContext, Precision,
+    AttentionContext, ExpertsContext, LossContext, Precision,
     fused::{Fused, FusedKernels},
 };
 use burn::backend::{
@@ -168,20 +168,15 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         record::<B, C, _, 5>(RoutedExperts, nodes, y, || (inputs, saved, context.precision))
     }
 
-    fn fused_head_cross_entropy(
-        states: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        targets: Arc<[i32]>,
-        precision: Precision,
-    ) -> FloatTensor<Self> {
+    fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, context: LossContext) -> FloatTensor<Self> {
         let ((states, states_node), (w, w_node)) = (states.into_parts(), w.into_parts());
         // The gradient is a by-product of the forward pass while the logits of a chunk are at hand; without a tape it is not made.
         match HeadCrossEntropy.prepare::<C>([states_node, w_node]).compute_bound().stateful() {
             OpsKind::Tracked(prepared) => {
-                let (loss, gradients) = B::head_cross_entropy_with_gradient(&states, &w, &targets, precision);
+                let (loss, gradients) = B::head_cross_entropy_with_gradient(&states, &w, &context);
                 prepared.finish(gradients, loss)
             }
-            OpsKind::UnTracked(prepared) => prepared.finish(B::head_cross_entropy_kernel(&states, &w, &targets, precision)),
+            OpsKind::UnTracked(prepared) => prepared.finish(B::head_cross_entropy_kernel(&states, &w, &context)),
         }
     }
 

@@ -63,6 +63,7 @@ impl Golden {
             cu_seqlens: std::iter::once(0).chain(bounds).collect(),
             ids: ids.concat().into_iter().map(|id| id as u32).collect(),
             targets: targets.concat().into_iter().map(|id| id as i32).collect(),
+            weights: None,
         }
     }
 

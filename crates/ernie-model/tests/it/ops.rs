@@ -5,7 +5,7 @@ use burn::{prelude::*, tensor::Distribution};
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 use ernie_model::{
     batch::IGNORE,
-    ops::{self, AttentionContext, ExpertsContext, Precision, plain},
+    ops::{self, AttentionContext, ExpertsContext, LossContext, Precision, plain},
 };
 
 fn device() -> Device {
@@ -112,12 +112,20 @@ fn head_and_cross_entropy_with_ignored_targets() {
     let targets = (0..tokens).map(|t| if t % 7 == 0 { IGNORE } else { (t * 31 % vocab) as i32 }).collect::<Vec<_>>();
     let targets: Arc<[i32]> = targets.into();
     let (h, w) = (random([tokens, hidden]), random([vocab, hidden]));
-    let fused = ops::head_cross_entropy(h.clone(), w.clone(), &targets, Precision::F32);
-    let plain = plain::cross_entropy(plain::linear(h.clone(), w.clone()), &targets);
-    agree("cross entropy", fused.clone(), plain, &[&h, &w], &[]);
-    // Off the tape the loss alone is computed, by other code.
-    let untracked = ops::head_cross_entropy(h.inner(), w.inner(), &targets, Precision::F32);
-    assert!((ops::scalar(&untracked) - ops::scalar(&fused)).abs() < 1e-6);
+    let weights: Arc<[f32]> = (0..tokens).map(|t| 0.5 + (t % 5) as f32).collect();
+    for weights in [None, Some(weights)] {
+        let context = || LossContext { weights: weights.clone(), ..LossContext::new(&targets, Precision::F32) };
+        let [ours, reference, off_tape] = [context(), context(), context()];
+        let fused = ops::head_cross_entropy(h.clone(), w.clone(), &ours);
+        let plain = plain::cross_entropy(plain::linear(h.clone(), w.clone()), &reference);
+        agree("cross entropy", fused.clone(), plain, &[&h, &w], &[]);
+        // Off the tape the loss alone is computed, by other code.
+        let untracked = ops::head_cross_entropy(h.clone().inner(), w.clone().inner(), &off_tape);
+        assert!((ops::scalar(&untracked) - ops::scalar(&fused)).abs() < 1e-6);
+        let losses = [&ours, &reference, &off_tape].map(|context| context.token_losses.get().unwrap());
+        assert!(losses.iter().all(|losses| losses.len() == tokens && losses[0] == 0.0 && losses[1] > 0.0));
+        assert!(losses[0].iter().zip(losses[1]).zip(losses[2]).all(|((a, b), c)| (a - b).abs() < 1e-5 && (a - c).abs() < 1e-5));
+    }
 }
 
 #[test]

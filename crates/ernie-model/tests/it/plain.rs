@@ -12,7 +12,7 @@ use ernie_model::{
     mlp::Mlp,
     moe::Moe,
     norm::RmsNorm,
-    ops::{self, AttentionContext, ExpertsContext, Precision, plain},
+    ops::{self, AttentionContext, ExpertsContext, LossContext, Precision, plain},
     text::FeedForward,
 };
 
@@ -22,7 +22,8 @@ fn config(moe: bool) -> Config {
     let mut json = serde_json::json!({
         "model_type": "ernie4_5", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 6, "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": EPS,
-        "rope_theta": 10000.0, "use_bias": false, "tie_word_embeddings": false, "initializer_range": 0.2
+        "rope_theta": 10000.0, "use_bias": false, "tie_word_embeddings": false, "initializer_range": 0.2,
+        "ernie_rs": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 9}
     });
     if moe {
         let more = serde_json::json!({
@@ -62,8 +63,8 @@ fn plain_loss(model: &Ernie, batch: &PackedBatch) -> Tensor<1> {
         rope: Arc::new(RopeTable::new(config.rope_theta, config.head_dim, 64)),
     };
     let mut x_th = plain::embedding(model.model.embed_tokens.weight.val(), &batch.ids);
-    for layer in &model.model.layers {
-        let attention = &layer.self_attn;
+    for (index, layer) in model.model.layers.iter().enumerate() {
+        let (attention, context) = (&layer.self_attn, AttentionContext { window: config.window(index), ..context.clone() });
         let layers = [attention.q_proj.weight.val(), attention.k_proj.weight.val(), attention.v_proj.weight.val()];
         let qkv = plain::norm_linear(x_th.clone(), layer.input_layernorm.weight.val(), EPS, layers);
         x_th = plain::linear_add(x_th, plain::rope_attention(qkv, &context), attention.o_proj.weight.val());
@@ -73,7 +74,10 @@ fn plain_loss(model: &Ernie, batch: &PackedBatch) -> Tensor<1> {
         };
     }
     let states_th = plain::rms_norm(x_th, model.model.norm.weight.val(), EPS);
-    plain::cross_entropy(plain::linear(states_th, model.lm_head.weight.as_ref().unwrap().val()), &batch.targets)
+    plain::cross_entropy(
+        plain::linear(states_th, model.lm_head.weight.as_ref().unwrap().val()),
+        &LossContext::new(&batch.targets, Precision::F32),
+    )
 }
 
 #[test]
