@@ -138,7 +138,7 @@ fn batch(golden: &Value) -> Result<PackedBatch, Box<dyn Error>> {
     let targets: Vec<Vec<i32>> = serde_json::from_value(golden["targets"].clone())?;
     let mut cu_seqlens = vec![0];
     ids.iter().for_each(|row| cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + row.len() as u32));
-    Ok(PackedBatch { ids: ids.concat().into(), targets: targets.concat().into(), cu_seqlens: cu_seqlens.into() })
+    Ok(PackedBatch { ids: ids.concat().into(), targets: targets.concat().into(), cu_seqlens: cu_seqlens.into(), weights: None })
 }
 
 /// The largest `‖got − expected‖ / ‖expected − origin‖` of a parameter (without origin: zero), and whose it is. Where the divisor is zero,

@@ -6,6 +6,7 @@ use ernie_checkpoint::Config;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
+use crate::data::priority::PriorityConfig;
 use crate::data::sources::Format;
 use crate::memory::Account;
 use crate::schedule::{Schedule, ScheduleConfig, ScheduleError};
@@ -220,6 +221,8 @@ pub struct Data {
     /// Share of documents kept out of training, chosen by document hash.
     #[serde(default = "default_validation_fraction")]
     pub validation_fraction: f64,
+    /// Draw rows by their losses instead of documents by the mixture's shares alone.
+    pub priority: Option<PriorityConfig>,
     /// The sources (`[[data.source]]`).
     #[serde(default)]
     pub source: Vec<Source>,
@@ -312,13 +315,7 @@ impl Recipe {
 
     /// Parses a recipe; `origin` names it in errors. Unknown keys are refused with the nearest valid one.
     pub fn from_toml(text: &str, origin: &Path) -> Result<Self, Error> {
-        toml::from_str(text).map_err(|error| {
-            let start = error.span().map_or(0, |span| span.start.min(text.len()));
-            let line = text.as_bytes()[..start].iter().filter(|&&b| b == b'\n').count() + 1;
-            let message = error.message().to_owned();
-            let hint = nearest_key(&message).map_or(String::new(), |key| format!(" (did you mean `{key}`?)"));
-            Error::Parse { path: origin.into(), line, message, hint }
-        })
+        parse(text, origin)
     }
 
     /// Tokens per optimizer step.
@@ -457,6 +454,9 @@ impl Recipe {
         if !(0.0..=0.5).contains(&data.validation_fraction) {
             return Err(invalid("data.validation_fraction", format!("{} is out of range", data.validation_fraction), "give 0 to 0.5"));
         }
+        if let Some(priority) = &data.priority {
+            validate_priority(priority, &data.source)?;
+        }
         if data.source.is_empty() {
             return Err(invalid("data.source", "there is no source", "add a [[data.source]] table"));
         }
@@ -524,6 +524,47 @@ impl Recipe {
         }
         Ok(())
     }
+}
+
+fn validate_priority(priority: &PriorityConfig, sources: &[Source]) -> Result<(), Error> {
+    for (key, value, low, high) in [
+        ("alpha", priority.alpha, 0.0, 8.0),
+        ("beta", priority.beta[0], 0.0, 1.0),
+        ("beta", priority.beta[1], 0.0, 1.0),
+        ("epsilon", priority.epsilon, 1e-6, 100.0),
+        ("floor", priority.floor, 1e-3, 1.0),
+        ("least_gain", priority.least_gain, 1.0, f64::MAX),
+    ] {
+        if !(low..=high).contains(&value) {
+            return Err(invalid(
+                format!("data.priority.{key}"),
+                format!("{value} is out of range"),
+                format!("give a number from {low} to {high}"),
+            ));
+        }
+    }
+    if priority.staleness == 0 {
+        return Err(invalid("data.priority.staleness", "it is 0", "give a number of steps above 0"));
+    }
+    match sources.iter().position(|source| source.epochs_max.is_some()) {
+        Some(index) => Err(invalid(
+            format!("data.source[{index}].epochs_max"),
+            "rows that are drawn by priority have no passes",
+            "remove it, or data.priority",
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Reads TOML; `origin` names it in errors. Unknown keys are refused with the nearest valid one.
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str, origin: &Path) -> Result<T, Error> {
+    toml::from_str(text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start.min(text.len()));
+        let line = text.as_bytes()[..start].iter().filter(|&&b| b == b'\n').count() + 1;
+        let message = error.message().to_owned();
+        let hint = nearest_key(&message).map_or(String::new(), |key| format!(" (did you mean `{key}`?)"));
+        Error::Parse { path: origin.into(), line, message, hint }
+    })
 }
 
 /// The valid key nearest to the one that serde names in "unknown field `x`, expected one of `a`, `b`" (or "unknown variant").

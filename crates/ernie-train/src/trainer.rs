@@ -13,10 +13,7 @@ use std::{
 };
 
 use crate::{
-    data::{
-        self, Corpus, Prepared,
-        packing::{Batch, Packer},
-    },
+    data::{self, Corpus, Prepared, Stream, packing::Batch, priority::Draw},
     memory,
     optimizer::{self, AdamW, AdamWConfig},
     recipe::{self, Recipe},
@@ -106,7 +103,7 @@ pub struct TrainOptions {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Report {
     /// False if it was stopped before its last step.
     pub finished: bool,
@@ -170,7 +167,7 @@ pub fn model_config(recipe: &Recipe) -> Result<Config, TrainError> {
     let config = Config::from_json(&recipe.model.to_string(), Path::new("[model]"))?;
     let refused = |key: String, problem: &str, fix: &str| recipe::Error::Invalid { key, problem: problem.into(), fix: fix.into() };
     // In a released config.json an unknown key is somebody else's; in a recipe it is a misspelt one.
-    if let Some(key) = config.extra.keys().find(|key| *key != "ernie_rs" && !key.starts_with('_')) {
+    if let Some(key) = config.extra.keys().find(|key| !key.starts_with('_')) {
         return Err(refused(format!("model.{key}"), "the family has no such key", "correct its spelling or remove it").into());
     }
     let ids = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)].into_iter();
@@ -191,7 +188,7 @@ struct Trainer<'a> {
     recipe: &'a Recipe,
     config: Config,
     prepared: Prepared,
-    packer: Packer,
+    stream: Stream,
     schedule: Schedule,
     total_steps: u64,
     /// None only while a step moves it through the optimizer.
@@ -204,12 +201,15 @@ struct Trainer<'a> {
 }
 
 /// What one optimizer step saw, over all its micro-batches.
+#[derive(Default)]
 struct StepOutcome {
     gradients: NamedParameters,
     cross_entropy: f64,
     extra: BTreeMap<String, f64>,
     /// Tokens per expert, by MoE layer.
     usage: BTreeMap<usize, Vec<u64>>,
+    /// Of each micro-batch.
+    token_losses: Vec<Vec<f32>>,
 }
 
 impl<'a> Trainer<'a> {
@@ -232,7 +232,7 @@ impl<'a> Trainer<'a> {
             }
         })?;
         let fingerprint = recipe_fingerprint(recipe);
-        let (rows, length, seed) = (recipe.data.batch_size, recipe.data.sequence_length, recipe.run.seed);
+        let (length, seed) = (recipe.data.sequence_length, recipe.run.seed);
         let adamw = AdamWConfig {
             beta1: recipe.optimizer.beta1,
             beta2: recipe.optimizer.beta2,
@@ -241,27 +241,27 @@ impl<'a> Trainer<'a> {
         };
         let mut optimizer = AdamW::new(adamw);
         let device = ernie_model::training_device();
-        let (mut model, packer, position) = match snapshot::read_latest(&checkpoints(recipe))? {
+        let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
             Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
                 return Err(TrainError::OtherRun { out: recipe.run.out.clone() });
             }
             Some(Snapshot { model, position, moments, .. }) => {
-                let packer = Packer::resume(prepared.corpus.clone(), position.data.clone(), rows, length)?;
+                let stream = Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, Some(position.data.clone()))?;
                 optimizer.step = position.step;
                 optimizer.moments = moments;
-                (Ernie::load(&model, &device)?, packer, position)
+                (Ernie::load(&model, &device)?, stream, position)
             }
             None => {
-                let packer = Packer::new(prepared.corpus.clone(), seed, rows, length);
+                let stream = Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, None)?;
                 let position = Position {
                     step: 0,
                     tokens: 0,
                     seconds: 0.0,
-                    data: packer.state().clone(),
+                    data: stream.state().clone(),
                     unlogged: Unlogged::default(),
                     recipe: fingerprint,
                 };
-                (Ernie::init(&config, &device, seed), packer, position)
+                (Ernie::init(&config, &device, seed), stream, position)
             }
         };
         model.reserve_positions(length);
@@ -274,7 +274,7 @@ impl<'a> Trainer<'a> {
             recipe,
             config,
             prepared,
-            packer,
+            stream,
             schedule,
             total_steps,
             model: Some(model),
@@ -293,22 +293,28 @@ impl<'a> Trainer<'a> {
     fn step(&mut self) -> Result<(), TrainError> {
         let start = Instant::now();
         let step = self.position.step + 1;
-        let batches =
-            (0..self.recipe.data.gradient_accumulation).map(|_| self.packer.next_batch().map(packed)).collect::<Result<Vec<_>, _>>()?;
-        let outcome = self.gradients(&batches);
+        let next = |_| self.stream.next_batch(step, self.total_steps).map(|(batch, draws)| (packed(batch, &draws), draws));
+        let batches = (0..self.recipe.data.gradient_accumulation).map(next).collect::<Result<Vec<_>, _>>()?;
+        let gain = self.stream.gain();
+        let (batches, draws): (Vec<PackedBatch>, Vec<Vec<Draw>>) = batches.into_iter().unzip();
+        let mut outcome = self.gradients(&batches);
+        outcome.extra.extend(gain.map(|gain| ("sampling_gain".to_string(), gain)));
         finite(step, "the loss", outcome.cross_entropy)?;
         let norm = optimizer::global_norm(&outcome.gradients);
         finite(step, "the gradient norm", norm)?;
         let lr = self.schedule.lr(step);
-        let StepOutcome { gradients, cross_entropy, extra, usage } = outcome;
+        let StepOutcome { gradients, cross_entropy, extra, usage, token_losses } = outcome;
         self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &usage);
 
+        for ((batch, draws), losses) in batches.iter().zip(&draws).zip(&token_losses) {
+            self.stream.observe(step, draws, &batch.targets, losses);
+        }
         let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum::<u64>();
         let seconds = start.elapsed().as_secs_f64();
         self.position.step = step;
         self.position.tokens += tokens;
         self.position.seconds += seconds;
-        self.position.data = self.packer.state().clone();
+        self.position.data = self.stream.state().clone();
         let unlogged = &mut self.position.unlogged;
         unlogged.loss += cross_entropy;
         unlogged.tokens += tokens;
@@ -334,13 +340,13 @@ impl<'a> Trainer<'a> {
         let loss = &self.recipe.loss;
         let weights = LossWeights { balance: loss.balance, z: loss.z_loss, mtp: loss.mtp_weight };
         let scored = batches.iter().map(PackedBatch::scored).sum::<usize>().max(1) as f64;
-        let mut outcome =
-            StepOutcome { gradients: NamedParameters::new(), cross_entropy: 0.0, extra: Default::default(), usage: Default::default() };
+        let mut outcome = StepOutcome::default();
         for batch in batches {
             let share = batch.scored() as f64 / scored;
             let (losses, gradients) = self.model().loss_and_gradients(batch, &weights, share, self.recipe.run.recompute);
-            let Losses { cross_entropy, mtp, balance, z, usage, .. } = losses;
+            let Losses { cross_entropy, mtp, balance, z, usage, token_losses, .. } = losses;
             outcome.cross_entropy += share * cross_entropy as f64;
+            outcome.token_losses.push(token_losses);
             for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z)] {
                 if let Some(value) = value {
                     *outcome.extra.entry(name.to_string()).or_default() += share * value as f64;
@@ -437,8 +443,11 @@ fn checkpoints(recipe: &Recipe) -> PathBuf {
     recipe.run.out.join("checkpoints")
 }
 
-fn packed(batch: Batch) -> PackedBatch {
-    PackedBatch { ids: batch.ids.into(), targets: batch.targets.into(), cu_seqlens: batch.cu_seqlens.into() }
+/// With each row's weight for its tokens, if rows were drawn.
+fn packed(batch: Batch, draws: &[Draw]) -> PackedBatch {
+    let of_row = |draw: &Draw| std::iter::repeat_n(draw.weight, batch.sequence_length);
+    let weights = (!draws.is_empty()).then(|| draws.iter().flat_map(of_row).collect());
+    PackedBatch { ids: batch.ids.into(), targets: batch.targets.into(), cu_seqlens: batch.cu_seqlens.into(), weights }
 }
 
 /// The layer whose router's correction bias this parameter is.
@@ -461,7 +470,7 @@ fn validation_losses(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Vec<(St
     for (index, source) in corpus.sources.iter().enumerate() {
         let (mut sum, mut scored) = (0.0, 0);
         for batch in corpus.validation_batches(index, rows, length, per_source) {
-            let batch = packed(batch);
+            let batch = packed(batch, &[]);
             let targets = batch.scored();
             if targets > 0 {
                 let states_th = model.forward(&batch).states_th;
@@ -481,11 +490,11 @@ fn recipe_fingerprint(recipe: &Recipe) -> String {
     let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
     let shape = (recipe.data.sequence_length, recipe.data.batch_size, recipe.data.gradient_accumulation);
     let arithmetic = (recipe.run.precision, recipe.run.recompute);
-    let json = if arithmetic == Default::default() {
-        // As before there was a choice: runs of then go on.
-        serde_json::to_string(&(decisive, shape))
-    } else {
-        serde_json::to_string(&(decisive, shape, arithmetic))
+    // As before there was a choice, where there was none: runs of then go on.
+    let json = match (&recipe.data.priority, arithmetic == Default::default()) {
+        (None, true) => serde_json::to_string(&(decisive, shape)),
+        (None, false) => serde_json::to_string(&(decisive, shape, arithmetic)),
+        (Some(priority), _) => serde_json::to_string(&(decisive, shape, arithmetic, priority)),
     };
     blake3::hash(json.expect("a recipe is plain data").as_bytes()).to_hex()[..32].to_string()
 }

@@ -2,9 +2,12 @@
 //! packed into sequences by the recipe's mixture.
 pub mod encoding;
 pub mod packing;
+pub mod priority;
 pub mod random;
+pub mod rows;
 pub mod shards;
 pub mod sources;
+mod stream;
 
 use rayon::prelude::*;
 use std::collections::HashSet;
@@ -16,6 +19,8 @@ use crate::recipe::{Recipe, Source};
 use crate::tokenizer_training;
 use encoding::Encoder;
 use shards::Shard;
+pub use stream::Stream;
+
 use sources::{Body, Document, SourceFile, find_files, read_file};
 
 /// What went wrong between the sources' files and the batches.

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
+use super::priority::PriorityState;
 use super::random::{key, permutation};
 use super::{Corpus, Error};
 
@@ -30,7 +31,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    fn with_capacity(rows: usize, sequence_length: usize) -> Self {
+    pub(super) fn with_capacity(rows: usize, sequence_length: usize) -> Self {
         let tokens = rows * sequence_length;
         Self { ids: Vec::with_capacity(tokens), targets: Vec::with_capacity(tokens), cu_seqlens: vec![0], rows, sequence_length }
     }
@@ -54,7 +55,8 @@ impl Batch {
         self.cu_seqlens.push(self.ids.len() as u32);
     }
 
-    fn pad(&mut self) {
+    /// Fills the row up.
+    pub(super) fn pad(&mut self) {
         let room = self.room();
         if room < self.sequence_length {
             self.ids.resize(self.ids.len() + room, PAD_ID);
@@ -86,8 +88,11 @@ pub struct DataState {
     pub seed: u64,
     /// Batches given.
     pub batches: u64,
-    /// One per source.
+    /// One per source; none where rows are drawn by priority.
     pub cursors: Vec<Cursor>,
+    /// What is known of the rows, where they are drawn by priority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<PriorityState>,
 }
 
 /// An endless (up to `epochs_max`) stream of training batches.
@@ -104,7 +109,7 @@ impl Packer {
     /// A stream from the beginning.
     pub fn new(corpus: Arc<Corpus>, seed: u64, rows: usize, sequence_length: usize) -> Self {
         let cursors = vec![Cursor::default(); corpus.sources.len()];
-        let state = DataState { fingerprint: corpus.fingerprint.clone(), seed, batches: 0, cursors };
+        let state = DataState { fingerprint: corpus.fingerprint.clone(), seed, batches: 0, cursors, priority: None };
         Self::at(corpus, state, rows, sequence_length)
     }
 
@@ -206,7 +211,7 @@ impl Packer {
     }
 }
 
-fn append_segment(batch: &mut Batch, shard: &super::shards::Shard, document: u32, from: usize, to: usize) {
+pub(super) fn append_segment(batch: &mut Batch, shard: &super::shards::Shard, document: u32, from: usize, to: usize) {
     shard.read(document, from, to, &mut batch.ids);
     let mut after = Vec::new();
     if to < shard.document_len(document) {
@@ -216,7 +221,7 @@ fn append_segment(batch: &mut Batch, shard: &super::shards::Shard, document: u32
 }
 
 /// The training documents of a source in one epoch's order.
-fn order(corpus: &Corpus, seed: u64, source: usize, epoch: u64) -> Vec<u32> {
+pub(super) fn order(corpus: &Corpus, seed: u64, source: usize, epoch: u64) -> Vec<u32> {
     let source = &corpus.sources[source];
     let train = source.shard.train();
     permutation(key(seed, &source.name, epoch), train.len()).into_iter().map(|index| train[index as usize]).collect()

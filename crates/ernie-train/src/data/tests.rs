@@ -67,7 +67,7 @@ fn world(dir: &Path) -> Recipe {
     Recipe::from_toml(&text, Path::new("test.toml")).unwrap()
 }
 
-fn prepared(dir: &Path) -> (Recipe, Prepared) {
+pub(super) fn prepared(dir: &Path) -> (Recipe, Prepared) {
     let recipe = world(dir);
     let prepared = prepare(&recipe, dir, &mut |_| {}).unwrap();
     (recipe, prepared)

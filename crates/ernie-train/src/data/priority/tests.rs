@@ -1,0 +1,165 @@
+//! Rows, and that drawing them by priority is what it says.
+use super::*;
+use crate::data::packing::IGNORE;
+use crate::data::tests::prepared;
+
+const LENGTH: usize = 32;
+
+fn sampler(corpus: &Arc<Corpus>, config: PriorityConfig) -> PrioritySampler {
+    PrioritySampler::new(corpus.clone(), config, 5, 4, LENGTH, 3.0)
+}
+
+/// A made-up loss of a row, very different from row to row.
+fn loss_of(row: u32) -> f64 {
+    0.05 + (mix(u64::from(row)) % 100) as f64 / 20.0
+}
+
+/// Visits `count` batches.
+fn visit(sampler: &mut PrioritySampler, steps: std::ops::Range<u64>) -> Vec<Vec<Draw>> {
+    let visit = |step| {
+        let (_, draws) = sampler.next_batch(step, 1000);
+        sampler.observe(step, draws.iter().map(|&draw| (draw, loss_of(draw.row))));
+        draws
+    };
+    steps.map(visit).collect()
+}
+
+#[test]
+fn rows_are_the_text_of_their_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let rows = Rows::new(corpus.clone(), 5, LENGTH);
+    assert!(!rows.is_empty() && rows.of_source(2).end == rows.len());
+    for (index, source) in corpus.sources.iter().enumerate() {
+        let whole = source.shard.train_tokens() as usize / LENGTH;
+        assert_eq!(rows.of_source(index).len(), whole);
+        let mut batch = Batch::with_capacity(whole, LENGTH);
+        for row in rows.of_source(index) {
+            assert_eq!(rows.source_of(row), index);
+            rows.append(row, &mut batch);
+        }
+        // Every token of the documents, in their order, with the bounds of documents and rows.
+        let mut expected = Vec::new();
+        for document in super::super::packing::order(&corpus, 5, index, 0) {
+            source.shard.read(document, 0, source.shard.document_len(document), &mut expected);
+        }
+        assert_eq!(batch.ids, expected[..whole * LENGTH]);
+        assert!((0..whole).all(|row| batch.cu_seqlens.contains(&((row * LENGTH) as u32))));
+        // A target is the next token, also across the end of a row, unless the document ends.
+        let mut ends = 0;
+        for (position, &target) in batch.targets.iter().enumerate().take(whole * LENGTH - 1) {
+            ends += usize::from(target == IGNORE);
+            assert!(target == IGNORE || target == expected[position + 1] as i32);
+        }
+        assert!(ends < source.shard.train().len());
+    }
+}
+
+#[test]
+fn weighted_draws_estimate_what_uniform_draws_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let config = PriorityConfig { alpha: 1.5, beta: [1.0, 1.0], floor: 0.2, staleness: 100_000, ..PriorityConfig::default() };
+    let mut sampler = sampler(&corpus, config.clone());
+    visit(&mut sampler, 1..200);
+    assert!(sampler.gain() > 1.1, "gain {}", sampler.gain());
+    // What is estimated, and its mean by the shares of the sources.
+    let value = |row: usize| (row as f64 * 0.37).sin() + 2.0;
+    let bases: Vec<f64> = (0..sampler.rows.len()).map(|row| sampler.sources[sampler.rows.source_of(row)].base()).collect();
+    let base = |row: usize| bases[row];
+    let expected: f64 = (0..sampler.rows.len()).map(|row| base(row) * value(row)).sum();
+    let shares: f64 = (0..sampler.rows.len()).map(base).sum();
+    assert!((shares - 1.0).abs() < 1e-12);
+
+    let (mass, least) = (sampler.mass(), sampler.least_relative());
+    let largest = 1.0 / (config.floor + (1.0 - config.floor) * least / mass);
+    let (mut sum, mut sum_of_weights, mut counts, batches) = (0.0, 0.0, vec![0u32; sampler.rows.len()], 60_000);
+    for _ in 0..batches {
+        // Nothing is observed: the probabilities stay.
+        sampler.state.batches += 1;
+        for draw in sampler.draw(200, 1000) {
+            sum += f64::from(draw.weight) * largest * value(draw.row as usize);
+            sum_of_weights += f64::from(draw.weight) * largest;
+            counts[draw.row as usize] += 1;
+        }
+    }
+    let draws = f64::from(batches * 4);
+    assert!((sum / draws - expected).abs() < 0.01 * expected, "{} for {expected}", sum / draws);
+    assert!((sum_of_weights / draws - 1.0).abs() < 0.01);
+    // And every row comes as often as its probability says.
+    for (row, &count) in counts.iter().enumerate() {
+        let probability = base(row) * (config.floor + (1.0 - config.floor) * sampler.relative_of(row) / mass);
+        let expected = probability * draws;
+        assert!((f64::from(count) - expected).abs() < 6.0 * expected.sqrt() + 1.0, "row {row}: {count} draws for {expected}");
+    }
+}
+
+#[test]
+fn high_losses_come_more_often_and_weigh_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let mut sampler = sampler(&corpus, PriorityConfig { beta: [0.5, 0.5], ..PriorityConfig::default() });
+    let draws = visit(&mut sampler, 1..400);
+    let late: Vec<Draw> = draws[200..].concat();
+    let mean = late.iter().map(|draw| loss_of(draw.row)).sum::<f64>() / late.len() as f64;
+    let base = (0..sampler.rows.len()).map(|row| sampler.sources[sampler.rows.source_of(row)].base() * loss_of(row as u32)).sum::<f64>();
+    assert!(mean > 1.15 * base, "mean loss of the draws {mean}, of all rows {base}");
+    assert!(late.iter().all(|draw| draw.weight > 0.0 && draw.weight <= 1.0));
+    let (high, low): (Vec<&Draw>, Vec<&Draw>) = late.iter().partition(|draw| loss_of(draw.row) > 3.0);
+    let mean_weight = |draws: &[&Draw]| draws.iter().map(|draw| f64::from(draw.weight)).sum::<f64>() / draws.len() as f64;
+    assert!(mean_weight(&high) < mean_weight(&low));
+}
+
+#[test]
+fn without_anything_to_gain_rows_are_drawn_by_their_shares() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let mut sampler = sampler(&corpus, PriorityConfig { alpha: 0.0, ..PriorityConfig::default() });
+    let draws = visit(&mut sampler, 1..300).concat();
+    assert!((sampler.gain() - 1.0).abs() < 1e-12);
+    assert!(draws.iter().all(|draw| draw.weight == 1.0));
+    for (index, source) in sampler.sources.iter().enumerate() {
+        let share = draws.iter().filter(|draw| sampler.rows.source_of(draw.row as usize) == index).count() as f64 / draws.len() as f64;
+        assert!((share - source.share).abs() < 0.03, "{share} for {}", source.share);
+    }
+}
+
+#[test]
+fn old_losses_are_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let mut sampler = sampler(&corpus, PriorityConfig { staleness: 10, ..PriorityConfig::default() });
+    visit(&mut sampler, 1..60);
+    for source in &sampler.sources {
+        for place in 0..source.count {
+            let visited = sampler.state.priority.as_ref().unwrap().visited[source.first + place];
+            // The last draw was for step 59.
+            let fresh = visited > 0 && u64::from(visited) + 10 >= 59;
+            assert_eq!(source.known.get(place) > 0.0, fresh, "visited at {visited}");
+            assert_eq!(source.unknown.get(place), f64::from(u8::from(!fresh)));
+        }
+    }
+}
+
+#[test]
+fn a_resumed_stream_goes_on_with_the_same_draws() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let config = PriorityConfig { staleness: 15, ..PriorityConfig::default() };
+    let mut whole = sampler(&corpus, config.clone());
+    let mut interrupted = sampler(&corpus, config.clone());
+    let expected = visit(&mut whole, 1..80);
+    let mut draws = visit(&mut interrupted, 1..41);
+    let json = serde_json::to_string(interrupted.state()).unwrap();
+    let mut resumed = PrioritySampler::resume(corpus.clone(), config.clone(), serde_json::from_str(&json).unwrap(), 4, LENGTH).unwrap();
+    draws.extend(visit(&mut resumed, 41..80));
+    assert_eq!(draws, expected);
+    assert_eq!(resumed.state(), whole.state());
+
+    // A position of other rows is refused.
+    let state = resumed.state().clone();
+    let error = PrioritySampler::resume(corpus.clone(), config.clone(), state.clone(), 4, LENGTH + 1).unwrap_err();
+    assert!(matches!(error, Error::State { .. }), "{error}");
+    let error = PrioritySampler::resume(corpus, config, DataState { priority: None, ..state }, 4, LENGTH).unwrap_err();
+    assert!(matches!(error, Error::State { .. }), "{error}");
+}
