@@ -3,7 +3,8 @@ use anyhow::Context;
 use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions};
 use ernie_train::data::{self, SourceReport};
 use ernie_train::recipe::{Export, ExportDtype};
-use ernie_train::{Precision, Recipe, Report, TrainOptions, memory, snapshot};
+use ernie_train::sweep::{Spread, SweepReport};
+use ernie_train::{Precision, Recipe, Report, Sweep, TrainOptions, memory, snapshot};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -28,12 +29,16 @@ use crate::outcome::Outcome;
         ernie train recipes/nano.toml --data path/to/data\n  \
         ernie train recipes/nano.toml --data path/to/data --dry-run        check, and show what the data come to\n  \
         ernie train recipes/nano.toml --steps 50 --out runs/trial          a short trial in a folder of its own\n  \
+        ernie train recipes/sweeps/priority.toml --sweep                   variants with several seeds each, compared\n  \
         ernie chat --model runs/nano/model                                 talk to the result\n\n\
         The data folder is --data, else the environment variable ERNIE_DATA, else `root` in the recipe."
 )]
 pub struct TrainArguments {
-    /// The recipe
+    /// The recipe; with --sweep, the experiment
     recipe: PathBuf,
+    /// RECIPE is an experiment: one recipe in several variants, each with several seeds, trained in turn and compared in report.json and report.html
+    #[arg(long, conflicts_with_all = ["steps", "out", "precision", "dry_run"])]
+    sweep: bool,
     /// Folder that the recipe's paths start from
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -98,6 +103,9 @@ struct Outcomes<'a> {
 
 /// Runs the command.
 pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    if arguments.sweep {
+        return sweep(arguments);
+    }
     let mut recipe = Recipe::from_file(&arguments.recipe)?;
     if let Some(steps) = arguments.steps {
         recipe.set_steps(steps);
@@ -126,6 +134,54 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
         export(arguments, &recipe, section, &report)?;
     }
     print_report(arguments, &report, recipe.export.as_ref().map(|section| section.dir.as_path()))
+}
+
+/// Trains what is left of an experiment and shows how its arms compare.
+fn sweep(arguments: &TrainArguments) -> anyhow::Result<()> {
+    let sweep = Sweep::from_file(&arguments.recipe)?;
+    let interrupt = Interrupt::install()?;
+    let working = interrupt.begin();
+    let options = TrainOptions { data_root: arguments.data.clone(), quiet: arguments.quiet, stop: interrupt.flag() };
+    let report = sweep.run(&options, &mut |doing| {
+        if !arguments.quiet {
+            eprintln!("{doing}");
+        }
+    })?;
+    drop(working);
+    if arguments.json {
+        write_out(&(serde_json::to_string(&report)? + "\n"))?;
+    } else {
+        write_out(&sweep_table(&report, &sweep.out))?;
+    }
+    if !report.finished() {
+        eprintln!("stopped after {} of {} runs; the same command goes on from there", report.runs.len(), report.planned);
+        return Err(Outcome::Interrupted.into());
+    }
+    Ok(())
+}
+
+fn sweep_table(report: &SweepReport, out: &Path) -> String {
+    let with_error = |spread: Option<Spread>, decimals: usize| match spread {
+        None => "-".to_owned(),
+        Some(Spread { mean, standard_error: None, .. }) => format!("{mean:.decimals$}"),
+        Some(Spread { mean, standard_error: Some(error), .. }) => format!("{mean:.decimals$} ± {error:.decimals$}"),
+    };
+    let mut text = format!("{:<24}{:>18}{:>20}{:>16}{:>16}{:>16}\n", "arm", "loss", "difference", "steps to same", "time to same", "tok/s");
+    for arm in &report.arms {
+        let against = arm.against_first.as_ref();
+        let _ = writeln!(
+            text,
+            "{:<24}{:>18}{:>20}{:>16}{:>16}{:>16}",
+            arm.name,
+            with_error(arm.loss, 4),
+            with_error(against.map(|a| a.loss_difference), 4),
+            with_error(against.and_then(|a| a.steps_to_same_loss), 2),
+            with_error(against.and_then(|a| a.seconds_to_same_loss), 2),
+            with_error(arm.tokens_per_second, 0),
+        );
+    }
+    let _ = writeln!(text, "\nreport  {}", out.join("report.html").display());
+    text
 }
 
 fn dry_run(arguments: &TrainArguments, recipe: &Recipe) -> anyhow::Result<()> {

@@ -6,9 +6,11 @@ pub mod recipe;
 pub mod routing;
 pub mod schedule;
 pub mod snapshot;
+pub mod sweep;
 pub mod telemetry;
 pub mod tokenizer_training;
 mod trainer;
 
 pub use recipe::{Precision, Recipe};
+pub use sweep::Sweep;
 pub use trainer::{Report, TrainError, TrainOptions, evaluate, export, model_config, train};

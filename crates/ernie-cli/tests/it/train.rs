@@ -95,6 +95,26 @@ fn a_run_ends_in_a_model_that_generates_and_a_card_that_describes_it() {
 }
 
 #[test]
+fn a_sweep_compares_its_arms() {
+    let dir = project();
+    let out = dir.path().join("sweep");
+    let sweep = format!(
+        "name = \"rate\"\nrecipe = \"tiny.toml\"\nout = {out:?}\nseeds = [1, 2]\n[[arm]]\nname = \"as it is\"\n[[arm]]\nname = \"slow\"\nset = {{ \"optimizer.lr\" = 1e-6 }}\n"
+    );
+    let file = dir.path().join("sweep.toml");
+    std::fs::write(&file, sweep).unwrap();
+    let data = dir.path().join("data");
+    let (file, data) = (file.to_str().unwrap(), data.to_str().unwrap());
+    let report = ernie(["train", file, "--sweep", "--data", data, "--quiet", "--json"]).json();
+    assert_eq!(report["runs"].as_array().unwrap().len(), 4);
+    assert!(report["arms"][1]["against_first"]["loss_difference"]["mean"].as_f64().unwrap() > 0.0, "{report}");
+    // Finished: the table comes at once.
+    let table = ernie(["train", file, "--sweep", "--data", data, "--quiet"]).ok();
+    assert!(table.contains("slow") && table.contains("report.html") && out.join("report.html").exists(), "{table}");
+    ernie(["train", file, "--sweep", "--steps", "3"]).fails(2, &["--steps"]);
+}
+
+#[test]
 fn a_dry_run_reports_and_trains_nothing() {
     let dir = project();
     let plan = train(dir.path(), &["--dry-run", "--json"]).json();

@@ -138,23 +138,7 @@ impl MetricsFile {
     pub(super) fn open(path: &Path, resume_step: u64) -> Result<(Self, Vec<Record>), TelemetryError> {
         let io = |action| move |source| TelemetryError::io(action, path, source);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io("open"))?;
-        let mut reader = BufReader::new(&file);
-        let (mut kept, mut records) = (0u64, Vec::new());
-        let mut line = Vec::new();
-        for number in 1.. {
-            line.clear();
-            let read = reader.read_until(b'\n', &mut line).map_err(io("read"))?;
-            if read == 0 || line.last() != Some(&b'\n') {
-                break;
-            }
-            let record =
-                Record::from_json(&line).map_err(|reason| TelemetryError::Metrics { path: path.to_path_buf(), line: number, reason })?;
-            if record.step() > resume_step {
-                break;
-            }
-            kept += read as u64;
-            records.push(record);
-        }
+        let (kept, records) = read_lines(&file, path, resume_step)?;
         file.set_len(kept).map_err(io("truncate"))?;
         let mut file = file;
         file.seek(SeekFrom::End(0)).map_err(io("seek in"))?;
@@ -173,6 +157,34 @@ impl MetricsFile {
     pub(super) fn sync(&self) -> Result<(), TelemetryError> {
         self.file.sync_data().map_err(|source| TelemetryError::io("sync", &self.path, source))
     }
+}
+
+/// The records of a file, without a torn last line.
+pub(super) fn read(path: &Path) -> Result<Vec<Record>, TelemetryError> {
+    let file = File::open(path).map_err(|source| TelemetryError::io("open", path, source))?;
+    Ok(read_lines(&file, path, u64::MAX)?.1)
+}
+
+/// Whole lines up to the one after step `last`: their bytes, and what they say.
+fn read_lines(file: &File, path: &Path, last: u64) -> Result<(u64, Vec<Record>), TelemetryError> {
+    let mut reader = BufReader::new(file);
+    let (mut kept, mut records) = (0u64, Vec::new());
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let read = reader.read_until(b'\n', &mut line).map_err(|source| TelemetryError::io("read", path, source))?;
+        if read == 0 || line.last() != Some(&b'\n') {
+            break;
+        }
+        let record =
+            Record::from_json(&line).map_err(|reason| TelemetryError::Metrics { path: path.to_path_buf(), line: number, reason })?;
+        if record.step() > last {
+            break;
+        }
+        kept += read as u64;
+        records.push(record);
+    }
+    Ok((kept, records))
 }
 
 #[cfg(test)]

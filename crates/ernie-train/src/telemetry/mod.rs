@@ -5,6 +5,7 @@
 //! `tensorboard/events.out.tfevents.*.ernie`, `loss.svg`.
 
 mod curve;
+mod history;
 mod metrics;
 mod progress;
 mod tensorboard;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use curve::Curve;
+pub use history::{Validation, validations};
 pub use metrics::StepMetrics;
 use metrics::{MetricsFile, Record};
 use progress::Progress;

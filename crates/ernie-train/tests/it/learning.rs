@@ -1,9 +1,13 @@
 //! A run learns, leaves its records, and refuses what cannot train before it writes anything.
-use std::{fs, path::Path, sync::atomic::Ordering};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
 
 use super::run::{Bench, bits};
 use ernie_checkpoint::{Checkpoint, Tokenizer};
-use ernie_train::{Precision, Recipe, TrainError, evaluate, train};
+use ernie_train::{Precision, Recipe, Sweep, TrainError, evaluate, train};
 
 #[test]
 fn a_run_learns_and_leaves_its_records() {
@@ -226,10 +230,21 @@ fn a_diverging_run_stops_with_advice() {
 #[test]
 fn every_recipe_of_the_repository_is_valid() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
-    let recipes = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let files =
+        |folder: &Path| fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).collect::<Vec<_>>();
+    let mut recipes: Vec<(PathBuf, Recipe)> =
+        files(&folder).into_iter().map(|path| (path.clone(), Recipe::from_file(&path).unwrap())).collect();
     assert!(recipes.len() >= 2);
-    for path in recipes {
-        let recipe = Recipe::from_file(&path).unwrap();
+    // Beside the sweeps lie the recipes that they start from, which are no sweeps themselves.
+    let sweeps: Vec<PathBuf> = files(&folder.join("sweeps"));
+    for path in &sweeps {
+        match fs::read_to_string(path).unwrap().contains("[[arm]]") {
+            true => recipes.extend(Sweep::from_file(path).unwrap().runs().unwrap().into_iter().map(|run| (path.clone(), run.recipe))),
+            false => recipes.push((path.clone(), Recipe::from_file(path).unwrap())),
+        }
+    }
+    assert!(recipes.len() >= sweeps.len() + 8, "{} recipes", recipes.len());
+    for (path, recipe) in recipes {
         let config = ernie_train::model_config(&recipe).unwrap();
         recipe.validate(&config, 8 << 30).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         // A trial of any length keeps a shape that can run.

@@ -1,0 +1,183 @@
+//! The report as one HTML page: tables and curves, nothing from elsewhere.
+use std::fmt::Write as _;
+use std::ops::Range;
+
+use plotters::prelude::*;
+
+use super::report::{ArmReport, Spread, SweepReport};
+
+const SIZE: (u32, u32) = (760, 420);
+const INK: RGBColor = RGBColor(38, 38, 38);
+const GRID: RGBColor = RGBColor(222, 222, 222);
+/// Colours of the arms (Okabe and Ito), used in turn.
+const ARMS: [RGBColor; 6] = [
+    RGBColor(0, 90, 160),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
+    RGBColor(90, 90, 90),
+];
+
+const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}\
+table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}\
+th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}svg{max-width:100%;height:auto}";
+
+pub(super) fn html(report: &SweepReport) -> String {
+    let title = escaped(&report.name);
+    let mut page = format!(
+        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style>\n<h1>{title}</h1>\n"
+    );
+    let _ = writeln!(
+        page,
+        "<p>{} of {} runs are finished. Losses are nats per token on validation documents; ± is one standard error over the seeds, \
+        differences are taken seed by seed.</p>",
+        report.runs.len(),
+        report.planned
+    );
+    page.push_str(&arms_table(report));
+    for (caption, x) in [("By step", Axis::Steps), ("By time of training", Axis::Seconds)] {
+        if let Some(svg) = curves(report, x) {
+            let _ = writeln!(page, "<figure><figcaption>{caption}</figcaption>{svg}</figure>");
+        }
+    }
+    page.push_str(&sources_table(report));
+    page.push_str("</html>\n");
+    page
+}
+
+fn arms_table(report: &SweepReport) -> String {
+    let mut out = String::from(
+        "<table><tr><th>arm<th>loss<th>difference<th>in standard errors<th>steps to the same loss<th>time to the same loss<th>tok/s<th>minutes</tr>\n",
+    );
+    for arm in &report.arms {
+        let against = arm.against_first.as_ref();
+        let difference = against.map(|against| against.loss_difference);
+        let ratio = |spread: Option<Spread>| spread.map_or("–".to_owned(), |s| with_error(s, 2));
+        let _ = writeln!(
+            out,
+            "<tr><td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>",
+            escaped(&arm.name),
+            arm.loss.map_or("–".to_owned(), |s| with_error(s, 4)),
+            difference.map_or("–".to_owned(), |s| with_error(s, 4)),
+            difference.and_then(|s| s.significance()).map_or("–".to_owned(), |s| format!("{s:+.1}")),
+            ratio(against.and_then(|against| against.steps_to_same_loss)),
+            ratio(against.and_then(|against| against.seconds_to_same_loss)),
+            arm.tokens_per_second.map_or("–".to_owned(), |s| with_error(s, 0)),
+            arm.seconds.map_or("–".to_owned(), |s| format!("{:.1}", s.mean / 60.0)),
+        );
+    }
+    out.push_str("</table>\n");
+    out
+}
+
+fn sources_table(report: &SweepReport) -> String {
+    let mut out = String::from("<h2>By source</h2>\n<table><tr><th>source");
+    for arm in &report.arms {
+        let _ = write!(out, "<th>{}", escaped(&arm.name));
+    }
+    out.push_str("</tr>\n");
+    let Some(first) = report.arms.first() else { return String::new() };
+    let cell = |arm: &ArmReport, source: &str| {
+        arm.sources.iter().find(|(name, _)| name == source).map_or("–".to_owned(), |(_, spread)| with_error(*spread, 4))
+    };
+    for (source, _) in &first.sources {
+        let _ = write!(out, "<tr><td>{}", escaped(source));
+        for arm in &report.arms {
+            let _ = write!(out, "<td>{}", cell(arm, source));
+        }
+        out.push_str("</tr>\n");
+    }
+    out.push_str("</table>\n");
+    out
+}
+
+#[derive(Clone, Copy)]
+enum Axis {
+    Steps,
+    Seconds,
+}
+
+/// Mean validation loss of every run, in its arm's colour.
+fn curves(report: &SweepReport, axis: Axis) -> Option<String> {
+    let series: Vec<(usize, Vec<(f64, f64)>)> = report
+        .runs
+        .iter()
+        .map(|run| {
+            let x = |point: &crate::telemetry::Validation| match axis {
+                Axis::Steps => point.step as f64,
+                Axis::Seconds => point.seconds / 60.0,
+            };
+            (run.arm, run.curve.iter().map(|point| (x(point), point.mean())).filter(|(_, loss)| loss.is_finite()).collect())
+        })
+        .collect();
+    let points = || series.iter().flat_map(|(_, points)| points.iter());
+    let most = points().map(|(x, _)| *x).fold(0.0, f64::max);
+    let (low, high) = points().fold((f64::INFINITY, 0.0f64), |(low, high), (_, y)| (low.min(*y), high.max(*y)));
+    if !(most > 0.0 && low < high) {
+        return None;
+    }
+    let mut svg = String::new();
+    let margin = 0.05 * (high - low);
+    // A curve that cannot be drawn leaves the tables.
+    draw(&mut svg, report, &series, axis, 0.0..most * 1.02, low - margin..high + margin).ok()?;
+    Some(svg)
+}
+
+fn draw(
+    svg: &mut String,
+    report: &SweepReport,
+    series: &[(usize, Vec<(f64, f64)>)],
+    axis: Axis,
+    x: Range<f64>,
+    y: Range<f64>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let text = |size: i32| ("sans-serif", size).into_font().color(&INK);
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root).margin(12).x_label_area_size(44).y_label_area_size(60).build_cartesian_2d(x, y)?;
+    chart
+        .configure_mesh()
+        .bold_line_style(GRID)
+        .light_line_style(TRANSPARENT)
+        .axis_style(INK)
+        .label_style(text(13))
+        .axis_desc_style(text(14))
+        .x_desc(match axis {
+            Axis::Steps => "step",
+            Axis::Seconds => "minutes of training",
+        })
+        .y_desc("validation loss, mean of the sources")
+        .draw()?;
+    for (index, arm) in report.arms.iter().enumerate() {
+        let colour = ARMS[index % ARMS.len()];
+        let mut named = false;
+        for (_, points) in series.iter().filter(|(arm, _)| *arm == index) {
+            let line = chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;
+            if !named {
+                line.label(&arm.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+                named = true;
+            }
+        }
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.85))
+        .border_style(GRID)
+        .label_font(text(13))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
+
+fn with_error(spread: Spread, decimals: usize) -> String {
+    match spread.standard_error {
+        Some(error) => format!("{:.decimals$} ± {error:.decimals$}", spread.mean),
+        None => format!("{:.decimals$}", spread.mean),
+    }
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}

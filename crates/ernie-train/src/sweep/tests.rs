@@ -1,0 +1,65 @@
+//! Figures of a report from made-up runs.
+use super::report::{RunReport, Spread};
+use super::*;
+use crate::telemetry::Validation;
+use crate::trainer::Report;
+
+fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
+    let point = |(index, &loss): (usize, &f64)| {
+        let step = (index as u64 + 1) * 10;
+        Validation {
+            step,
+            tokens: step * 100,
+            seconds: step as f64 * 2.0,
+            losses: vec![("a".into(), loss - 0.5), ("b".into(), loss + 0.5)],
+        }
+    };
+    let curve: Vec<Validation> = losses.iter().enumerate().map(point).collect();
+    let last = curve.last().unwrap().clone();
+    let report = Report {
+        finished: true,
+        steps: last.step,
+        tokens: last.tokens,
+        seconds: last.seconds,
+        validation: last.losses.clone(),
+        model_dir: PathBuf::new(),
+        peak_rss_bytes: None,
+    };
+    RunReport { arm, seed, report, loss: last.mean(), curve }
+}
+
+fn report(runs: &[RunReport]) -> SweepReport {
+    let arm = |name: &str| Arm { name: name.into(), set: toml::Table::new() };
+    let arms = vec![arm("first"), arm("second")];
+    let sweep = Sweep { name: "s".into(), recipe: PathBuf::new(), out: PathBuf::new(), seeds: vec![1, 2], arms, base: toml::Table::new() };
+    SweepReport::new(&sweep, runs, 4)
+}
+
+#[test]
+fn differences_are_taken_seed_by_seed_and_times_between_validations() {
+    let runs = [run(0, 1, &[4.0, 3.0]), run(1, 1, &[3.5, 2.5]), run(0, 2, &[5.0, 4.0]), run(1, 2, &[4.5, 3.4])];
+    let report = report(&runs);
+    let first = &report.arms[0];
+    assert_eq!((first.loss.unwrap().mean, first.loss.unwrap().standard_error), (3.5, Some(0.5)));
+    let against = report.arms[1].against_first.as_ref().unwrap();
+    assert!((against.loss_difference.mean + 0.55).abs() < 1e-12);
+    // Half the distance between −0.5 and −0.6, though the losses themselves lie far apart.
+    assert!((against.loss_difference.standard_error.unwrap() - 0.05).abs() < 1e-12);
+    assert!((against.loss_difference.significance().unwrap() + 11.0).abs() < 1e-9);
+    assert_eq!(against.sources.len(), 2);
+    // 3.0 half-way from 3.5 to 2.5: step 15 of 20; 4.0 from 4.5 to 3.4: 14.54.
+    let expected = (15.0 / 20.0 + (10.0 + 10.0 * 0.5 / 1.1) / 20.0) / 2.0;
+    assert!((against.steps_to_same_loss.unwrap().mean - expected).abs() < 1e-12);
+    assert!((against.seconds_to_same_loss.unwrap().mean - expected).abs() < 1e-12);
+    assert_eq!(against.speed, Spread { mean: 1.0, standard_error: Some(0.0), runs: 2 });
+    assert!(report.finished());
+}
+
+#[test]
+fn an_arm_that_never_gets_there_has_no_time_for_it() {
+    let runs = [run(0, 1, &[4.0, 3.0]), run(1, 1, &[4.5, 3.5])];
+    let report = report(&runs);
+    let against = report.arms[1].against_first.as_ref().unwrap();
+    assert_eq!((against.steps_to_same_loss, against.loss_difference.standard_error), (None, None));
+    assert!(!report.finished());
+}

@@ -1,0 +1,145 @@
+//! Experiments: rows drawn by priority, layers that see a window, and sweeps over both.
+use std::fs;
+use std::sync::atomic::Ordering;
+
+use super::run::{Bench, bits};
+use ernie_checkpoint::Checkpoint;
+use ernie_train::data::priority::PriorityConfig;
+use ernie_train::{Recipe, Sweep, TrainError, recipe, train};
+
+#[test]
+fn drawing_by_priority_learns_and_goes_on_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let recipe = |out: &str| {
+        let mut recipe = bench.recipe(out, 120);
+        recipe.data.priority = Some(PriorityConfig { staleness: 20, ..PriorityConfig::default() });
+        recipe
+    };
+    let report = train(&recipe("drawn"), &bench.options()).unwrap();
+    let by_mixture = train(&bench.recipe("mixture", 120), &bench.options()).unwrap();
+    let (loss, expected) = (report.validation[0].1, by_mixture.validation[0].1);
+    assert!(loss < 1.15 * expected, "{loss} against {expected}");
+    let metrics = fs::read_to_string(dir.path().join("drawn/metrics.jsonl")).unwrap();
+    assert!(metrics.lines().filter(|line| line.contains("\"train\"")).all(|line| line.contains("sampling_gain")));
+
+    // As if killed after step 117.
+    let whole = bits(&report.model_dir);
+    fs::remove_dir_all(dir.path().join("drawn/checkpoints/step-00000120")).unwrap();
+    fs::remove_dir_all(&report.model_dir).unwrap();
+    assert_eq!(bits(&train(&recipe("drawn"), &bench.options()).unwrap().model_dir), whole);
+    // Other priorities are another run.
+    let mut other = recipe("drawn");
+    other.data.priority.as_mut().unwrap().alpha = 0.5;
+    assert!(matches!(train(&other, &bench.options()).unwrap_err(), TrainError::OtherRun { .. }));
+}
+
+const SWEEP: &str = r#"
+name = "windows & priorities"
+recipe = "base.toml"
+out = "OUT"
+seeds = [1, 2]
+
+[[arm]]
+name = "as it is"
+
+[[arm]]
+name = "windows"
+[arm.set]
+"model.ernie_rs" = { layer_types = ["sliding_attention", "full_attention"], sliding_window = 8 }
+"run.steps" = 20
+
+[[arm]]
+name = "priority"
+[arm.set]
+"data.priority.alpha" = 1.5
+"#;
+
+fn sweep(bench: &Bench, text: &str) -> Result<Sweep, recipe::Error> {
+    let file = bench.root.join("sweep.toml");
+    fs::write(bench.root.join("base.toml"), bench.toml("unused", 24)).unwrap();
+    fs::write(&file, text.replace("OUT", bench.root.join("sweep").to_str().unwrap())).unwrap();
+    Sweep::from_file(&file)
+}
+
+#[test]
+fn a_sweep_trains_every_arm_once_and_compares_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let sweep = sweep(&bench, SWEEP).unwrap();
+    let mut said = Vec::new();
+    // Stopped when the third run begins.
+    let options = bench.options();
+    let report = sweep.run(&options, &mut |doing| {
+        said.push(doing.to_owned());
+        if doing.contains("3 of 6") {
+            options.stop.store(true, Ordering::Relaxed);
+        }
+    });
+    assert!(!report.unwrap().finished());
+    let report = sweep.run(&bench.options(), &mut |doing| said.push(doing.to_owned())).unwrap();
+    assert!(report.finished());
+    for number in 1..=6 {
+        let times = said.iter().filter(|doing| doing.starts_with(&format!("run {number} of 6"))).count();
+        assert_eq!(times, if number == 3 { 2 } else { 1 }, "{said:?}");
+    }
+    let model = Checkpoint::open(&bench.root.join("sweep/windows/seed-2/model")).unwrap();
+    assert_eq!(model.config().window(0), Some(8));
+
+    let [plain, windows, priority] = &report.arms[..] else { panic!("{} arms", report.arms.len()) };
+    assert!(plain.against_first.is_none() && plain.loss.unwrap().runs == 2 && plain.loss.unwrap().standard_error.unwrap() > 0.0);
+    let difference = windows.against_first.as_ref().unwrap().loss_difference;
+    assert!((difference.mean - (windows.loss.unwrap().mean - plain.loss.unwrap().mean)).abs() < 1e-9 && difference.mean != 0.0);
+    assert_eq!(windows.tokens.unwrap().mean, 20.0 * 256.0);
+    assert!(priority.sources.iter().any(|(name, _)| name == "grammar"));
+    // The runs end where their own records say, and the first arm is at its own loss at its last step.
+    assert!(report.runs.iter().all(|run| (run.curve.last().unwrap().mean() - run.loss).abs() < 1e-9));
+    let page = fs::read_to_string(bench.root.join("sweep/report.html")).unwrap();
+    assert!(page.contains("windows &amp; priorities") && page.matches("<svg").count() == 2);
+    let json: serde_json::Value = serde_json::from_slice(&fs::read(bench.root.join("sweep/report.json")).unwrap()).unwrap();
+    assert_eq!(json["runs"].as_array().unwrap().len(), 6);
+
+    // Nothing is left to do.
+    let mut again = Vec::new();
+    assert!(sweep.run(&bench.options(), &mut |doing| again.push(doing.to_owned())).unwrap().finished());
+    assert!(again.is_empty(), "{again:?}");
+}
+
+#[test]
+fn a_sweep_that_cannot_run_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    for (from, to, said) in [
+        ("seeds = [1, 2]", "seeds = []", "nothing to run"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "given twice"),
+        ("name = \"windows\"", "name = \"../windows\"", "plain name"),
+        ("name = \"windows\"", "name = \"priority\"", "another arm"),
+        ("\"run.steps\" = 20", "\"run.seed\" = 20", "the sweep's"),
+        ("\"run.steps\" = 20", "\"run.name.x\" = 20", "no table"),
+        ("\"run.steps\" = 20", "\"run.stepz\" = 20", "stepz"),
+        ("sliding_window = 8", "sliding_windows = 8", "sliding_windows"),
+        ("recipe = \"base.toml\"", "recipe = \"none.toml\"", "none.toml"),
+        ("[arm.set]", "[arm.sets]", "sets"),
+    ] {
+        let error = sweep(&bench, &SWEEP.replacen(from, to, 1)).map(|_| ()).expect_err(said).to_string();
+        assert!(error.contains(said), "{to}: {error}");
+    }
+}
+
+#[test]
+fn priorities_that_make_no_sense_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let refused = |change: &dyn Fn(&mut Recipe)| {
+        let mut recipe = bench.recipe("refused", 5);
+        recipe.data.priority = Some(PriorityConfig::default());
+        change(&mut recipe);
+        train(&recipe, &bench.options()).unwrap_err().to_string()
+    };
+    let set = |change: fn(&mut PriorityConfig)| move |recipe: &mut Recipe| change(recipe.data.priority.as_mut().unwrap());
+    assert!(refused(&set(|p| p.floor = 0.0)).contains("data.priority.floor"));
+    assert!(refused(&set(|p| p.beta = [0.0, 1.5])).contains("data.priority.beta"));
+    assert!(refused(&set(|p| p.alpha = f64::NAN)).contains("data.priority.alpha"));
+    assert!(refused(&set(|p| p.staleness = 0)).contains("data.priority.staleness"));
+    assert!(refused(&|recipe: &mut Recipe| recipe.data.source[0].epochs_max = Some(2.0)).contains("epochs_max"));
+}
