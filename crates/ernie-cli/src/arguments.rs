@@ -1,7 +1,7 @@
 //! The command line as clap reads it; what each subcommand takes is declared in its own file.
 use clap::{Parser, Subcommand};
 
-use crate::{bench, chat, generate, inspect, logits, outcome, quantize, tokenize, train};
+use crate::{bench, chat, eval, generate, inspect, logits, outcome, quantize, tokenize, train};
 
 /// Train, inspect and talk to ERNIE-4.5 language models
 #[derive(Debug, Parser)]
@@ -46,6 +46,7 @@ pub enum Command {
     Tokenize(tokenize::TokenizeArguments),
     Quantize(quantize::QuantizeArguments),
     Bench(bench::BenchArguments),
+    Eval(eval::EvalArguments),
     Train(train::TrainArguments),
 }
 

@@ -9,6 +9,7 @@ mod compute;
 mod conversation;
 mod embedded;
 mod encoding;
+mod eval;
 mod generate;
 mod inspect;
 mod interrupt;
@@ -43,6 +44,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Tokenize(tokenize) => tokenize::run(tokenize),
         Command::Quantize(quantize) => quantize::run(quantize),
         Command::Bench(bench) => bench::run(bench),
+        Command::Eval(eval) => eval::run(eval),
         Command::Train(train) => train::run(train),
     }
 }

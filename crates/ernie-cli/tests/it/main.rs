@@ -1,5 +1,6 @@
 //! The built program, run as users run it.
 mod chat;
+mod eval;
 mod generate;
 mod goldens;
 mod inspect;
