@@ -30,7 +30,7 @@ DOCUMENTS = [8, 1, 14]  # lengths of the packed row's documents; one has nothing
 IGNORE = -100
 ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 MTP_LAMBDA = 0.1
-TOKEN_MARGIN, ROUTER_GAP = 5e-3, 5e-5
+TOKEN_MARGIN, ROUTER_GAP, GATE_GAP = 5e-3, 5e-5, 2e-5
 ROUTER_GAPS = {"moe_k6": 2e-5}  # 16 scores around 30 lie close; one step of float32 there is 1.9e-6
 CORRECTION_BIAS = ".moe_statics.e_score_correction_bias"
 
@@ -60,6 +60,9 @@ CONFIGS = {
     "dense_local": DENSE | dict(num_key_value_heads=2, num_hidden_layers=3, ernie_rs={
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 5}),
     "moe_local": MOE | dict(ernie_rs={"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 3}),
+    "dense_gated": DENSE | dict(num_key_value_heads=2, ernie_rs={"context_gate": {"threshold": 0.5}}),
+    "moe_gated_local": MOE | dict(num_hidden_layers=2, ernie_rs={
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "context_gate": {"threshold": 0.4}}),
 }
 PACKED_GRADIENTS = {"dense_untied_gqa", "moe_k2"}
 
@@ -103,19 +106,60 @@ class Mtp(torch.nn.Module):
         return model.lm_head(model.model.norm(x))
 
 
-def see_windows(model, own):
-    """Layers whose tokens see the last `sliding_window` tokens, themselves included: transformers' attention under a narrower mask."""
+class ContextGate(torch.nn.Module):
+    """Gates over heads: d_t = 1 - cos(x_t, m_t), m_t = decay * m_(t-1) + x_t; g = sigmoid(W x + u d + b), nothing below the threshold."""
+
+    def __init__(self, config):
+        super().__init__()
+        heads = config.num_attention_heads
+        self.weight = torch.nn.Parameter(torch.zeros(heads, config.hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(heads))
+        self.density = torch.nn.Parameter(torch.zeros(heads))
+        self.decay = torch.nn.Parameter(torch.zeros(1))  # its logit
+        self.threshold = config.ernie_rs["context_gate"]["threshold"]
+        self.gap = float("inf")
+
+    def forward(self, x):
+        t = x.shape[1]
+        back = torch.arange(t)[:, None] - torch.arange(t)[None]
+        weights = torch.where(back >= 0, torch.sigmoid(self.decay) ** back.clamp(min=0), torch.zeros((), dtype=x.dtype))
+        m = weights @ x
+        d = 1 - F.cosine_similarity(x, m, dim=-1)
+        g = torch.sigmoid(x @ self.weight.T + d[..., None] * self.density + self.bias)
+        self.gap = min(self.gap, (g - self.threshold).abs().min().item())
+        return g + (torch.where(g >= self.threshold, g, torch.zeros_like(g)) - g).detach()  # straight through
+
+
+def add_mechanisms(model, own):
+    """What the released networks do not have, hung into transformers' own layers."""
 
     def narrow(_, arguments, named):
+        """Attention to the last `sliding_window` tokens, the token itself included, by a narrower mask."""
         mask = named["attention_mask"]
         queries, keys = mask.shape[-2:]
         back = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
         named["attention_mask"] = mask.masked_fill(back >= own["sliding_window"], torch.finfo(mask.dtype).min)
         return arguments, named
 
-    for layer, kind in zip(model.model.layers, own["layer_types"]):
-        if kind == "sliding_attention":
+    def keep_input(attention, arguments, named):
+        attention.o_proj.gates = attention.context_gate(named["hidden_states"])
+
+    def multiply(projection, arguments):
+        heads, gates = arguments[0], projection.__dict__.pop("gates")
+        return (heads.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(-2)
+
+    for index, layer in enumerate(model.model.layers):
+        if own.get("layer_types", [])[index:index + 1] == ["sliding_attention"]:
             layer.self_attn.register_forward_pre_hook(narrow, with_kwargs=True)
+        if "context_gate" in own:
+            layer.self_attn.context_gate = ContextGate(model.config)
+            layer.self_attn.register_forward_pre_hook(keep_input, with_kwargs=True)
+            layer.self_attn.o_proj.register_forward_pre_hook(multiply)
+
+
+def gate_gap(model):
+    """How near the threshold any gate has been."""
+    return min([m.gap for m in model.modules() if isinstance(m, ContextGate)], default=float("inf"))
 
 
 def build(settings):
@@ -131,7 +175,7 @@ def build(settings):
     if getattr(config, "num_nextn_predict_layers", 0):
         model.mtp = Mtp(config)
     if own := getattr(config, "ernie_rs", None):
-        see_windows(model, own)
+        add_mechanisms(model, own)
     return model.float().train()  # the family has no dropout
 
 
@@ -273,6 +317,7 @@ def train(model, tokens):
         gap = min(gap, *seen["gap"])
         if step < STEPS:
             optimizer.step()
+    require(gate_gap(model) > GATE_GAP, f"a gate within {gate_gap(model)} of its threshold")
     return losses, gap
 
 
@@ -305,6 +350,7 @@ def golden(model, generator, name):
         targets, packed_logits, packed_losses, packed_loss, packed_grads = packed(model, tokens[0, :-1])
         require(min(seen["gap"]) > smallest_gap, f"router gap {min(seen['gap'])}")
     losses, training_gap = train(model, tokens)
+    require(gate_gap(model) > GATE_GAP, f"a gate within {gate_gap(model)} of its threshold")
     require(training_gap > smallest_gap, f"router gap in training {training_gap}")
     changed = sum(a != b for a, b in zip(seen["chosen"], seen["without_bias"])) / max(1, len(seen["chosen"]))
     require(not moe or changed > 0.2, f"the correction bias changes only {changed} of the choices")
@@ -317,7 +363,8 @@ def golden(model, generator, name):
     library = model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
     assert abs(library - out.get("main_loss", out["loss"]).item()) < 1e-5, (library, out["loss"])
     model.eval()
-    generated = model.generate(prompt[None], attention_mask=torch.ones(1, PROMPT, dtype=torch.long), do_sample=False, max_new_tokens=NEW_TOKENS)
+    generated = model.generate(prompt[None], attention_mask=torch.ones(1, PROMPT, dtype=torch.long), do_sample=False, max_new_tokens=NEW_TOKENS,
+                               use_cache=gate_gap(model) == float("inf"))  # gates remember a text only as long as they see all of it
     model.train()
     assert generated[0, PROMPT:].tolist() == new_tokens
 

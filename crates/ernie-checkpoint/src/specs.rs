@@ -28,7 +28,7 @@ pub enum TensorRole {
     Projection,
     /// [vocab, hidden], input embedding or output head; stored in the chosen dtype.
     Embedding,
-    /// Router matrix, always f32.
+    /// Matrix that decides, of a router or of gates over heads; always f32.
     Router,
     /// The router's correction bias, always f32: rounding it to bf16 destroys it.
     CorrectionBias,
@@ -151,6 +151,13 @@ impl List {
         self.linear(&format!("{layer}.self_attn.k_proj"), kv, h);
         self.linear(&format!("{layer}.self_attn.v_proj"), kv, h);
         self.linear(&format!("{layer}.self_attn.o_proj"), h, q);
+        if config.mechanisms.context_gate.is_some() && self.group != TensorGroup::Mtp {
+            let (gate, heads) = (format!("{layer}.self_attn.context_gate"), config.num_attention_heads);
+            self.push(format!("{gate}.weight"), vec![heads, h], TensorRole::Router);
+            self.vector(format!("{gate}.bias"), heads);
+            self.vector(format!("{gate}.density"), heads);
+            self.vector(format!("{gate}.decay"), 1);
+        }
         self.vector(format!("{layer}.post_attention_layernorm.weight"), h);
     }
 

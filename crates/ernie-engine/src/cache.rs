@@ -4,6 +4,7 @@ use ernie_checkpoint::Config;
 use ernie_kernels::paged::{BLOCK, KvBlocks, KvDtype, Spans};
 
 use crate::error::{Error, Result};
+use crate::gates::States;
 
 /// Where each layer's keys and values are.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub(crate) struct CacheLayout {
     kv_heads: usize,
     head_dim: usize,
     dtype: KvDtype,
+    /// Memory that gates keep in a block.
+    state_bytes: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -45,12 +48,14 @@ impl CacheLayout {
         };
         let places: Vec<Place> = (0..config.num_hidden_layers + more).map(place).collect();
         let window = places.iter().find_map(|place| place.window);
-        CacheLayout { places, full, windowed, window, kv_heads: config.num_key_value_heads, head_dim: config.head_dim, dtype }
+        let gated = if config.mechanisms.context_gate.is_some() { config.num_hidden_layers } else { 0 };
+        let (kv_heads, head_dim, state_bytes) = (config.num_key_value_heads, config.head_dim, gated * config.hidden_size * 4);
+        CacheLayout { places, full, windowed, window, kv_heads, head_dim, dtype, state_bytes }
     }
 
     /// Memory of a block of the layers that see everything.
     pub fn block_bytes(&self) -> usize {
-        KvBlocks::bytes_per_block(self.full, self.kv_heads, self.head_dim, self.dtype)
+        KvBlocks::bytes_per_block(self.full, self.kv_heads, self.head_dim, self.dtype) + self.state_bytes
     }
 
     /// Memory of a block of the layers with a window.
@@ -65,6 +70,8 @@ pub(crate) struct Cache {
     layout: CacheLayout,
     full: KvBlocks,
     windowed: KvBlocks,
+    /// By the blocks of the layers that see everything, which hold all positions.
+    pub states: States,
 }
 
 /// Which tokens of a step stand where in either set of blocks.
@@ -83,7 +90,7 @@ impl CacheSpans {
 
 impl Cache {
     /// With so many blocks of 32 positions of either kind.
-    pub fn new(layout: CacheLayout, blocks: usize, window_blocks: usize) -> Result<Self> {
+    pub fn new(config: &Config, layout: CacheLayout, blocks: usize, window_blocks: usize) -> Result<Self> {
         let make = |layers: usize, blocks: usize| {
             KvBlocks::new(layers, blocks, layout.kv_heads, layout.head_dim, layout.dtype).map_err(|_| Error::OutOfMemory {
                 positions: blocks * BLOCK,
@@ -91,7 +98,7 @@ impl Cache {
             })
         };
         let (full, windowed) = (make(layout.full, blocks)?, make(layout.windowed, window_blocks)?);
-        Ok(Cache { layout, full, windowed })
+        Ok(Cache { states: States::new(config, blocks)?, layout, full, windowed })
     }
 
     /// The part of layer `layer`.

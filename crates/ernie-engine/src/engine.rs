@@ -293,7 +293,9 @@ impl Engine {
         let work = &mut self.runner.work;
         work.spans.clear();
         work.wanted.clear();
+        work.gates.drafts.clear();
         for item in &self.plan.items {
+            work.gates.drafts.push(item.drafts);
             work.spans.full.push(item.tokens.len(), item.start, &self.plan.blocks[item.blocks.clone()]);
             if self.model.has_windows() {
                 let blocks = &self.plan.window_blocks[item.window_blocks.clone()];
@@ -304,9 +306,9 @@ impl Engine {
         self.runner.step(&self.model, &self.plan.tokens);
         let plan = std::mem::take(&mut self.plan);
         let mut row = 0;
-        for item in &plan.items {
+        for (index, item) in plan.items.iter().enumerate() {
             let guesses = &plan.tokens[item.tokens.end - item.drafts..item.tokens.end];
-            self.choose(item.id, guesses, row, item.samples);
+            self.choose(item.id, guesses, row, item.samples, index);
             row += item.samples;
         }
         if self.model.predicts() && self.options.drafts.max_tokens > 0 {
@@ -377,7 +379,7 @@ impl Engine {
 
     /// Chooses the tokens that follow an item, from its logits at `row..row + samples`: as long as what is chosen was guessed, the next logits are
     /// those of the text as it is. What is drawn is the same as without guesses, for each token is drawn from its own distribution in its turn.
-    fn choose(&mut self, id: RequestId, guesses: &[u32], row: usize, samples: usize) {
+    fn choose(&mut self, id: RequestId, guesses: &[u32], row: usize, samples: usize, span: usize) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         let vocab = self.model.config().vocab_size;
         self.accepted.clear();
@@ -418,6 +420,9 @@ impl Engine {
         }
         self.draft_stats.guessed += guesses.len() as u64;
         self.draft_stats.right += right as u64;
+        if self.model.has_gates() {
+            self.runner.accept(span, self.accepted.len().saturating_sub(1));
+        }
         self.scheduler.commit(id, &self.accepted, finish.is_some());
         if let Some(reason) = finish {
             let (prompt_tokens, output_tokens) = (request.prompt_tokens, request.output_tokens);

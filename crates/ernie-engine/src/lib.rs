@@ -19,6 +19,7 @@ mod cost;
 mod drafts;
 mod engine;
 mod error;
+mod gates;
 mod generate;
 mod model;
 mod moe;

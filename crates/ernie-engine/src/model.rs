@@ -22,6 +22,7 @@ use ernie_kernels::rope::RopeTable;
 
 use crate::cache::{Cache, CacheLayout, LayerCache};
 use crate::error::{Error, Result};
+use crate::gates::Gates;
 use crate::moe::Moe;
 use crate::runner::Workspace;
 use crate::weights::{GateUp, Input, Linear, Loader, Needs, WeightDtype};
@@ -75,6 +76,7 @@ struct Attention {
     /// Queries, keys and values side by side.
     qkv: Linear,
     o: Linear,
+    gates: Option<Gates>,
 }
 
 #[derive(Debug)]
@@ -133,7 +135,15 @@ impl Model {
         let embed_vh = load.matrix("model.embed_tokens.weight", v, h, None)?;
         let head_vh = own_head.then(|| load.matrix(head, v, h, head_bias)).transpose()?;
         let layers: Vec<Layer> = (0..config.num_hidden_layers)
-            .map(|layer| Layer::load(&load, &config, &format!("model.layers.{layer}"), config.is_moe_layer(layer)))
+            .map(|layer| {
+                let prefix = format!("model.layers.{layer}");
+                let mut loaded = Layer::load(&load, &config, &prefix, config.is_moe_layer(layer))?;
+                if let Some(settings) = &config.mechanisms.context_gate {
+                    let gates = Gates::load(&load, &config, &format!("{prefix}.self_attn.context_gate"), settings, layer)?;
+                    loaded.attention.gates = Some(gates);
+                }
+                Ok(loaded)
+            })
             .collect::<Result<_>>()?;
         let bytes = layers.first().is_some_and(|layer| layer.attention.qkv.is_int8());
         let mtp = checkpoint.contains("model.mtp_block.0.input_layernorm.weight").then(|| Mtp::load(&load, &config)).transpose()?;
@@ -160,6 +170,11 @@ impl Model {
     /// Where keys and values are: of the layers of the network, and of the multi-token-prediction block.
     pub(crate) fn cache_layout(&self) -> CacheLayout {
         CacheLayout::new(&self.config, usize::from(self.mtp.is_some()), self.kv_dtype)
+    }
+
+    /// Whether heads have gates, so that a text can only be gone on from where it ended, or from the end of a block.
+    pub(crate) fn has_gates(&self) -> bool {
+        self.config.mechanisms.context_gate.is_some()
     }
 
     /// Whether there are layers that see a window only.
@@ -353,7 +368,8 @@ impl Attention {
         let (h, bias) = (config.hidden_size, config.use_bias);
         let (q, k) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let qkv = [("q_proj", q), ("k_proj", k), ("v_proj", k)].map(|(name, n)| (format!("{prefix}.{name}"), n));
-        Ok(Attention { qkv: load.linear(&qkv, h, bias)?, o: load.linear(&[(format!("{prefix}.o_proj"), h)], q, bias)? })
+        let (qkv, o) = (load.linear(&qkv, h, bias)?, load.linear(&[(format!("{prefix}.o_proj"), h)], q, bias)?);
+        Ok(Attention { qkv, o, gates: None })
     }
 
     /// x += attention(rms_norm(x)): causal self-attention with grouped query heads; rotary embedding over interleaved pairs.
@@ -368,17 +384,22 @@ impl Attention {
         rope: &RopeTable,
         work: &mut Workspace,
     ) {
-        let Workspace { x_th, normed_th, qkv, attended_tq, rows, spans, .. } = work;
+        let Workspace { x_th, normed_th, qkv, attended_tq, rows, spans, gates, .. } = work;
         let (t, d) = (x_th.len() / norm_h.len(), config.head_dim);
         let (q, k) = (config.num_attention_heads * d, config.num_key_value_heads * d);
-        normalise(pool, normed_th, rows, x_th, norm_h, config.rms_norm_eps as f32, self.qkv.needs());
+        let needs = if self.gates.is_some() && self.qkv.is_int8() { Needs::Both } else { self.qkv.needs() };
+        normalise(pool, normed_th, rows, x_th, norm_h, config.rms_norm_eps as f32, needs);
+        if let Some(own) = &self.gates {
+            own.forward(pool, normed_th, &spans.full, &mut cache.states, gates);
+        }
         qkv.resize(t * (q + 2 * k), 0.0);
         self.qkv.forward(pool, qkv, Input { values: normed_th, rows }, false);
         let qkv = Mat::new(qkv, t, q + 2 * k);
         let LayerCache { kv, spans, layer, window } = cache.of_layer(layer, spans);
         paged::append(pool, kv, layer, qkv, q, rope, spans);
         attended_tq.resize(t * q, 0.0);
-        let keys = paged::Layer { kv, layer, q_heads: config.num_attention_heads, window };
+        let gates = self.gates.is_some().then_some(&gates.gates_tn[..]);
+        let keys = paged::Layer { kv, layer, q_heads: config.num_attention_heads, window, gates };
         paged::attention(pool, attended_tq, qkv, Some(rope), keys, spans);
         if self.o.is_int8() {
             rows.quantise(pool, attended_tq, q);

@@ -4,6 +4,7 @@ use ernie_kernels::rope::RopeTable;
 
 use crate::cache::{Cache, CacheSpans};
 use crate::error::Result;
+use crate::gates::GateWorkspace;
 use crate::model::Model;
 
 /// Positions for which angles are computed at first; their number doubles when it is too small.
@@ -29,6 +30,7 @@ pub(crate) struct Workspace {
     pub rows: Rows8,
     pub moe: MoeWorkspace,
     pub spans: CacheSpans,
+    pub gates: GateWorkspace,
     /// Rows whose logits are wanted.
     pub wanted: Vec<u32>,
     pub logits: Vec<f32>,
@@ -60,8 +62,8 @@ pub(crate) struct MoeWorkspace {
 impl Runner {
     /// With a cache of `blocks` blocks of 32 positions, and `window_blocks` of those layers that see a window only.
     pub fn new(model: &Model, blocks: usize, window_blocks: usize) -> Result<Self> {
-        let cache = Cache::new(model.cache_layout(), blocks, window_blocks)?;
         let config = model.config();
+        let cache = Cache::new(config, model.cache_layout(), blocks, window_blocks)?;
         Ok(Runner { cache, rope: RopeTable::new(config.rope_theta, config.head_dim, 0), work: Workspace::default() })
     }
 
@@ -74,6 +76,11 @@ impl Runner {
         }
         model.forward(ids, &mut self.cache, &self.rope, &mut self.work);
         model.logits(&mut self.work);
+    }
+
+    /// After [`Runner::step`]: the first `accepted` guesses of span `index` are part of the text.
+    pub fn accept(&mut self, index: usize, accepted: usize) {
+        self.work.gates.accept(index, accepted, &self.work.spans.full, &mut self.cache.states);
     }
 
     /// Guesses after [`Runner::step`]: rows of that step, the tokens that followed them, and in `work.spans` where they stand. Then `work.logits` are those

@@ -64,8 +64,9 @@ impl<'m> Session<'m> {
         self.max_len
     }
 
-    /// Forgets all but the first `len` tokens.
+    /// Forgets all but the first `len` tokens; of a model with gated heads, whose state is kept at the ends of blocks, perhaps up to 31 more.
     pub fn truncate(&mut self, len: usize) {
+        let len = if self.model.has_gates() && len < self.ids.len() { len / BLOCK * BLOCK } else { len };
         self.ids.truncate(len);
     }
 
@@ -161,6 +162,7 @@ impl<'m> Session<'m> {
         let work = &mut self.runner.work;
         let start = self.ids.len();
         work.spans.clear();
+        work.gates.drafts.clear();
         let blocks = &self.blocks[..(start + ids.len()).div_ceil(BLOCK)];
         work.spans.full.push(ids.len(), start, blocks);
         work.spans.windowed.push(ids.len(), start, blocks);

@@ -1,5 +1,12 @@
 //! Grouped-query causal self-attention with interleaved rotary positions.
-use crate::{init::Init, linear::Linear, norm::RmsNorm, ops, ops::LayerContext};
+use crate::{
+    context_gate::{ContextGate, Gating},
+    init::Init,
+    linear::Linear,
+    norm::RmsNorm,
+    ops,
+    ops::LayerContext,
+};
 use burn::prelude::*;
 use ernie_checkpoint::Config;
 
@@ -14,6 +21,8 @@ pub struct Attention {
     pub v_proj: Linear,
     /// `[h, n_q·d]`.
     pub o_proj: Linear,
+    /// Gates over the heads, in models that have them.
+    pub context_gate: Option<ContextGate>,
 }
 
 impl Attention {
@@ -27,12 +36,24 @@ impl Attention {
             k_proj: Linear::new(init, [kv, h], bias, init.std),
             v_proj: Linear::new(init, [kv, h], bias, init.std),
             o_proj: Linear::new(init, [h, q], bias, init.residual_std),
+            context_gate: None,
         }
     }
 
-    /// `x + attention(norm(x))`, `[t, h]`.
-    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, context: &LayerContext) -> Tensor<2> {
+    /// The same with fresh gates, if the configuration asks for them.
+    pub fn with_gates(mut self, init: &mut Init, config: &Config) -> Self {
+        self.context_gate = config.mechanisms.context_gate.as_ref().map(|gate| ContextGate::new(init, config, gate));
+        self
+    }
+
+    /// `x + attention(norm(x))`, `[t, h]`, and what the gates did, if there are any.
+    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, context: &LayerContext) -> (Tensor<2>, Option<Gating>) {
         let qkv = norm.linears(x_th.clone(), [&self.q_proj, &self.k_proj, &self.v_proj], context.precision);
-        self.o_proj.forward_add(x_th, ops::rope_attention(qkv, &context.attention), context.precision)
+        let mut heads = ops::rope_attention(qkv, &context.attention);
+        let gating = self.context_gate.as_ref().map(|gate| gate.forward(norm.forward(x_th.clone()), &context.attention.cu_seqlens));
+        if let Some(gating) = &gating {
+            heads = gating.apply(heads);
+        }
+        (self.o_proj.forward_add(x_th, heads, context.precision), gating)
     }
 }

@@ -9,6 +9,7 @@
 //! The hot operators go through [`ops`]; this crate knows no rank, no recipe and no optimizer.
 pub mod attention;
 pub mod batch;
+pub mod context_gate;
 pub mod init;
 pub mod linear;
 pub mod mlp;

@@ -9,7 +9,7 @@ use crate::{
     moe::Routing,
     ops,
     parameters::{NamedParameters, accumulate},
-    text::{Ernie, LossWeights, Losses},
+    text::{Choices, Ernie, LossWeights, Losses},
 };
 
 /// A term of the loss that routing decides.
@@ -29,27 +29,27 @@ impl Ernie {
 
     fn recomputed(&self, batch: &PackedBatch, weights: &LossWeights, share: f64) -> (Losses, NamedParameters) {
         let context = self.layer_context(batch);
-        let (mut inputs, mut routing) = (Vec::new(), Vec::new());
+        let (mut inputs, mut choices) = (Vec::new(), Vec::new());
         let plain = self.without_tape().model;
         let mut x_th = ops::embedding(plain.embed_tokens.weight.val(), &batch.ids);
         for (index, layer) in plain.layers.iter().enumerate() {
             let (y_th, chosen) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
             inputs.push(std::mem::replace(&mut x_th, y_th));
-            routing.extend(chosen.map(|routing| (index, routing)));
+            choices.push(chosen);
         }
 
         let x_th = leaf(x_th);
         let mut losses = self.head_losses(self.model.norm.forward(x_th.clone()), batch, weights);
         let total = losses.off_tape();
-        let losses = losses.with_routing(&routing, weights);
-        let moe_layers = routing.len() as f64;
-        drop(routing);
+        let losses = losses.with_choices(&choices, weights);
+        let (moe_layers, gate_layers) = (losses.usage.len() as f64, losses.active_heads.len() as f64);
+        drop(choices);
 
         let mut gradients = NamedParameters::new();
         let mut dx_th = self.backward_to(x_th, scaled(total, share), &mut gradients);
         for ((index, layer), x_th) in self.model.layers.iter().enumerate().zip(inputs).rev() {
             let x_th = leaf(x_th);
-            let (y_th, routing) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
+            let (y_th, Choices { routing, gating }) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
             // A number whose gradient with respect to y is dy.
             let mut loss = (y_th * Tensor::from_inner(dx_th)).sum();
             if let Some(routing) = routing {
@@ -57,6 +57,9 @@ impl Ernie {
                 for (weight, term) in terms.into_iter().filter(|(weight, _)| *weight != 0.0) {
                     loss = loss + scaled(term(&routing) / moe_layers * weight, share);
                 }
+            }
+            if let Some(gating) = gating.filter(|_| weights.gate != 0.0) {
+                loss = loss + scaled(gating.regulariser(weights.gate_target) / gate_layers * weights.gate, share);
             }
             dx_th = self.backward_to(x_th, loss, &mut gradients);
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use crate::{
     attention::Attention,
     batch::PackedBatch,
+    context_gate::Gating,
     init::Init,
     mlp::Mlp,
     moe::Moe,
@@ -43,12 +44,14 @@ pub struct DecoderLayer {
 impl DecoderLayer {
     /// Layer `layer` of the model: dense or MoE by the configuration's start/end/interval rule.
     pub fn new(init: &mut Init, config: &Config, layer: usize) -> Self {
-        match &config.moe {
+        let mut made = match &config.moe {
             Some(moe) if config.is_moe_layer(layer) => {
                 Self::with_feed_forward(init, config, |init| FeedForward::Moe(Moe::new(init, config, moe)))
             }
             _ => Self::dense(init, config),
-        }
+        };
+        made.self_attn = made.self_attn.with_gates(init, config);
+        made
     }
 
     /// A dense layer.
@@ -65,18 +68,27 @@ impl DecoderLayer {
         }
     }
 
-    /// `[t, h]` → `[t, h]`, and how the experts were chosen if this is a MoE layer.
-    pub fn forward(&self, x_th: Tensor<2>, context: &LayerContext) -> (Tensor<2>, Option<Routing>) {
-        let x_th = self.self_attn.forward_add(x_th, &self.input_layernorm, context);
+    /// `[t, h]` → `[t, h]`, and what was chosen on the way.
+    pub fn forward(&self, x_th: Tensor<2>, context: &LayerContext) -> (Tensor<2>, Choices) {
+        let (x_th, gating) = self.self_attn.forward_add(x_th, &self.input_layernorm, context);
         let norm = &self.post_attention_layernorm;
         match &self.mlp {
-            FeedForward::Dense(mlp) => (mlp.forward_add(x_th.clone(), x_th, norm, context.precision), None),
+            FeedForward::Dense(mlp) => (mlp.forward_add(x_th.clone(), x_th, norm, context.precision), Choices { routing: None, gating }),
             FeedForward::Moe(moe) => {
                 let (y_th, routing) = moe.forward_add(x_th, norm, context.precision);
-                (y_th, Some(routing))
+                (y_th, Choices { routing: Some(routing), gating })
             }
         }
     }
+}
+
+/// What a layer chose for the tokens of a batch.
+#[derive(Debug)]
+pub struct Choices {
+    /// Experts, in a MoE layer.
+    pub routing: Option<Routing>,
+    /// Heads, in a layer with gates.
+    pub gating: Option<Gating>,
 }
 
 /// Token embedding.
@@ -128,8 +140,28 @@ pub struct Ernie {
 pub struct Hidden {
     /// After the final norm, `[t, h]`.
     pub states_th: Tensor<2>,
+    /// What each layer chose.
+    pub choices: Vec<Choices>,
+}
+
+impl Hidden {
     /// Routing of each MoE layer, with its layer index.
-    pub routing: Vec<(usize, Routing)>,
+    pub fn routing(&self) -> impl Iterator<Item = (usize, &Routing)> {
+        routings(&self.choices)
+    }
+
+    /// What the gates of each layer that has them did, with its layer index.
+    pub fn gating(&self) -> impl Iterator<Item = (usize, &Gating)> {
+        gatings(&self.choices)
+    }
+}
+
+fn routings(choices: &[Choices]) -> impl Iterator<Item = (usize, &Routing)> {
+    choices.iter().enumerate().filter_map(|(layer, choices)| Some((layer, choices.routing.as_ref()?)))
+}
+
+fn gatings(choices: &[Choices]) -> impl Iterator<Item = (usize, &Gating)> {
+    choices.iter().enumerate().filter_map(|(layer, choices)| Some((layer, choices.gating.as_ref()?)))
 }
 
 /// Weights of the terms of the training loss; 0 leaves a term out.
@@ -141,6 +173,10 @@ pub struct LossWeights {
     pub z: f64,
     /// Of the multi-token-prediction loss.
     pub mtp: f64,
+    /// Of (share of active heads − target)², averaged over layers with gates.
+    pub gate: f64,
+    /// That target.
+    pub gate_target: f64,
 }
 
 /// The training loss of a batch and its parts.
@@ -160,6 +196,8 @@ pub struct Losses {
     pub z: Option<f32>,
     /// Tokens per expert for each MoE layer: (layer, `[e]`).
     pub usage: Vec<(usize, Vec<u64>)>,
+    /// Share of active heads of each layer with gates, over all tokens: (layer, share).
+    pub active_heads: Vec<(usize, f64)>,
 }
 
 impl Ernie {
@@ -214,13 +252,13 @@ impl Ernie {
     pub fn forward(&self, batch: &PackedBatch) -> Hidden {
         let context = self.layer_context(batch);
         let mut x_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
-        let mut routing = Vec::new();
+        let mut choices = Vec::new();
         for (index, layer) in self.model.layers.iter().enumerate() {
             let (y_th, chosen) = layer.forward(x_th, &context.seeing(self.config.window(index)));
             x_th = y_th;
-            routing.extend(chosen.map(|routing| (index, routing)));
+            choices.push(chosen);
         }
-        Hidden { states_th: self.model.norm.forward(x_th), routing }
+        Hidden { states_th: self.model.norm.forward(x_th), choices }
     }
 
     /// Logits `[t, v]` of hidden states `[t, h]`.
@@ -252,7 +290,7 @@ impl Ernie {
     pub fn loss(&self, batch: &PackedBatch, weights: &LossWeights) -> Losses {
         let hidden = self.forward(batch);
         let losses = self.head_losses(hidden.states_th, batch, weights);
-        losses.with_routing(&hidden.routing, weights)
+        losses.with_choices(&hidden.choices, weights)
     }
 
     /// The terms of the loss that normed hidden states decide: cross-entropy and multi-token prediction.
@@ -275,7 +313,7 @@ impl Ernie {
             mtp = Some(ops::scalar(&term));
             total = total + term * weights.mtp;
         }
-        Losses { total, cross_entropy, token_losses, mtp, balance: None, z: None, usage: Vec::new() }
+        Losses { total, cross_entropy, token_losses, mtp, balance: None, z: None, usage: Vec::new(), active_heads: Vec::new() }
     }
 
     /// For layers that see all; [`LayerContext::seeing`] for the others.
@@ -289,11 +327,18 @@ impl Ernie {
 }
 
 impl Losses {
-    /// With the terms that routing decides, each the mean over the MoE layers times its weight.
-    pub(crate) fn with_routing(mut self, routing: &[(usize, Routing)], weights: &LossWeights) -> Self {
+    /// With the terms that experts and gates decide, each the mean over the layers that have them times its weight.
+    pub(crate) fn with_choices(mut self, choices: &[Choices], weights: &LossWeights) -> Self {
+        let gate_layers = gatings(choices).count();
+        if let Some(sum) = gatings(choices).map(|(_, gating)| gating.regulariser(weights.gate_target)).reduce(|a, b| a + b)
+            && weights.gate != 0.0
+        {
+            self.total = self.total.clone() + sum / gate_layers as f64 * weights.gate;
+        }
+        let layers = routings(choices).count();
         let mut add = |weight: f64, term: fn(&Routing) -> Tensor<1>| {
-            let sum = routing.iter().map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
-            let mean = sum / routing.len() as f64;
+            let sum = routings(choices).map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
+            let mean = sum / layers as f64;
             let value = ops::scalar(&mean);
             if weight != 0.0 {
                 self.total = self.total.clone() + mean * weight;
@@ -302,7 +347,8 @@ impl Losses {
         };
         let balance = add(weights.balance, Routing::balance_loss);
         let z = add(weights.z, Routing::z_loss);
-        let usage = routing.iter().map(|(layer, routing)| (*layer, routing.usage())).collect();
-        Self { balance, z, usage, ..self }
+        let usage = routings(choices).map(|(layer, routing)| (layer, routing.usage())).collect();
+        let active_heads = gatings(choices).map(|(layer, gating)| (layer, gating.active_share())).collect();
+        Self { balance, z, usage, active_heads, ..self }
     }
 }

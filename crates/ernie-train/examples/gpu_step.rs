@@ -19,7 +19,7 @@ use serde_json::Value;
 const MODELS: [&str; 4] = ["dense_bias_mqa", "dense_untied_gqa", "moe_k2", "moe_mtp"];
 const STEPS: usize = 3;
 /// Every term of the training loss takes part.
-const LOSS_WEIGHTS: LossWeights = LossWeights { balance: 0.01, z: 0.001, mtp: 0.1 };
+const LOSS_WEIGHTS: LossWeights = LossWeights { balance: 0.01, z: 0.001, mtp: 0.1, gate: 0.0, gate_target: 0.0 };
 
 /// Largest difference of a loss, in nats.
 const LOSS_TOLERANCE: f64 = 1e-5;

@@ -140,7 +140,11 @@ impl Step<'_> {
             (config.num_attention_heads as f64 * config.head_dim as f64, config.num_key_value_heads as f64 * config.head_dim as f64);
         let qkv = q + 2.0 * kv;
         // Its input, queries with keys and values, attention's output, log-sum-exps; and the input of the feed-forward half.
-        let attention = h + qkv + q + config.num_attention_heads as f64 + h;
+        let mut attention = h + qkv + q + config.num_attention_heads as f64 + h;
+        if config.mechanisms.context_gate.is_some() {
+            // The normed input once more, the heads behind their gates, and the gates' logits with what they are summed from.
+            attention += h + q + 4.0 * config.num_attention_heads as f64;
+        }
         // Gradients of the residual stream, of attention's output, of queries with keys and values.
         let backward = 3.0 * h + q + qkv;
         let (kept, rows, widest) = match &config.moe {

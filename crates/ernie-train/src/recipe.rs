@@ -2,6 +2,8 @@
 //!
 //! [`Recipe::from_file`] refuses unknown keys (naming the line and the nearest valid key), and [`Recipe::validate`]
 //! refuses values that could not train, each message saying what to change.
+mod toml_text;
+
 use ernie_checkpoint::Config;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -10,6 +12,7 @@ use crate::data::priority::PriorityConfig;
 use crate::data::sources::Format;
 use crate::memory::Account;
 use crate::schedule::{Schedule, ScheduleConfig, ScheduleError};
+pub(crate) use toml_text::parse;
 
 /// What is wrong with a recipe.
 #[derive(Debug, thiserror::Error)]
@@ -298,11 +301,37 @@ pub struct Loss {
     pub bias_update_rate: f64,
     /// Weight of the multi-token-prediction loss.
     pub mtp_weight: f64,
+    /// Weight of (share of active heads − `gate_target`)², for models with context-gated heads.
+    #[serde(skip_serializing_if = "is_default_gate")]
+    pub gate: f64,
+    /// Share of the heads that are to be active.
+    #[serde(skip_serializing_if = "is_default_gate_target")]
+    pub gate_target: f64,
+}
+
+const GATE: f64 = 1.0;
+const GATE_TARGET: f64 = 0.65;
+
+/// Left out where they are as by default, so that runs from before there were gates go on.
+fn is_default_gate(gate: &f64) -> bool {
+    *gate == GATE
+}
+
+fn is_default_gate_target(target: &f64) -> bool {
+    *target == GATE_TARGET
 }
 
 impl Default for Loss {
     fn default() -> Self {
-        Self { balance: 1e-2, z_loss: 1e-4, orthogonality: 1e-3, bias_update_rate: 1e-3, mtp_weight: 0.1 }
+        Self {
+            balance: 1e-2,
+            z_loss: 1e-4,
+            orthogonality: 1e-3,
+            bias_update_rate: 1e-3,
+            mtp_weight: 0.1,
+            gate: GATE,
+            gate_target: GATE_TARGET,
+        }
     }
 }
 
@@ -509,6 +538,8 @@ impl Recipe {
             ("loss.orthogonality", self.loss.orthogonality, 0.0, f64::MAX),
             ("loss.bias_update_rate", self.loss.bias_update_rate, 0.0, 1.0),
             ("loss.mtp_weight", self.loss.mtp_weight, 0.0, f64::MAX),
+            ("loss.gate", self.loss.gate, 0.0, f64::MAX),
+            ("loss.gate_target", self.loss.gate_target, 0.0, 1.0),
         ] {
             if !(low..=high).contains(&value) {
                 return Err(invalid(key, format!("{value} is out of range"), format!("give a number from {low:e} to {high:e}")));
@@ -554,44 +585,6 @@ fn validate_priority(priority: &PriorityConfig, sources: &[Source]) -> Result<()
         )),
         None => Ok(()),
     }
-}
-
-/// Reads TOML; `origin` names it in errors. Unknown keys are refused with the nearest valid one.
-pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str, origin: &Path) -> Result<T, Error> {
-    toml::from_str(text).map_err(|error| {
-        let start = error.span().map_or(0, |span| span.start.min(text.len()));
-        let line = text.as_bytes()[..start].iter().filter(|&&b| b == b'\n').count() + 1;
-        let message = error.message().to_owned();
-        let hint = nearest_key(&message).map_or(String::new(), |key| format!(" (did you mean `{key}`?)"));
-        Error::Parse { path: origin.into(), line, message, hint }
-    })
-}
-
-/// The valid key nearest to the one that serde names in "unknown field `x`, expected one of `a`, `b`" (or "unknown variant").
-fn nearest_key(message: &str) -> Option<&str> {
-    if !message.starts_with("unknown ") {
-        return None;
-    }
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    let wrong = quoted.next()?;
-    let (distance, key) = quoted.map(|key| (edit_distance(wrong, key), key)).min_by_key(|(distance, _)| *distance)?;
-    (distance <= wrong.chars().count().max(3) / 2 + 1).then_some(key)
-}
-
-/// Levenshtein distance in characters.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

@@ -338,16 +338,19 @@ impl<'a> Trainer<'a> {
     /// Gradients of the mean loss over the scored tokens of all batches together: each batch counts by its share of them.
     fn gradients(&self, batches: &[PackedBatch]) -> StepOutcome {
         let loss = &self.recipe.loss;
-        let weights = LossWeights { balance: loss.balance, z: loss.z_loss, mtp: loss.mtp_weight };
+        let weights =
+            LossWeights { balance: loss.balance, z: loss.z_loss, mtp: loss.mtp_weight, gate: loss.gate, gate_target: loss.gate_target };
         let scored = batches.iter().map(PackedBatch::scored).sum::<usize>().max(1) as f64;
         let mut outcome = StepOutcome::default();
         for batch in batches {
             let share = batch.scored() as f64 / scored;
             let (losses, gradients) = self.model().loss_and_gradients(batch, &weights, share, self.recipe.run.recompute);
-            let Losses { cross_entropy, mtp, balance, z, usage, token_losses, .. } = losses;
+            let Losses { cross_entropy, mtp, balance, z, usage, token_losses, active_heads, .. } = losses;
+            let layers = active_heads.len() as f64;
+            let active = (layers > 0.0).then(|| (active_heads.iter().map(|(_, share)| share).sum::<f64>() / layers) as f32);
             outcome.cross_entropy += share * cross_entropy as f64;
             outcome.token_losses.push(token_losses);
-            for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z)] {
+            for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z), ("active_heads", active)] {
                 if let Some(value) = value {
                     *outcome.extra.entry(name.to_string()).or_default() += share * value as f64;
                 }

@@ -95,6 +95,11 @@ fn check_mechanisms(c: &Checker<'_>, config: &Config) -> Result<()> {
     if config.family == Family::VlMoe && !mechanisms.is_empty() {
         return Err(c.error("ernie_rs", "nothing, for a vision-language model", "mechanisms of text models"));
     }
+    if let Some(gate) = &mechanisms.context_gate
+        && !(gate.threshold >= 0.0 && gate.threshold < 1.0)
+    {
+        return Err(c.error("ernie_rs.context_gate.threshold", "a number from 0 to less than 1", gate.threshold));
+    }
     let sliding = match &mechanisms.layer_types {
         None => false,
         Some(kinds) if kinds.len() == config.num_hidden_layers => kinds.contains(&AttentionKind::Sliding),

@@ -12,12 +12,21 @@ use crate::error::Result;
 pub(super) const KEY: &str = "ernie_rs";
 
 /// Mechanisms of our own models, each off by default.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Mechanisms {
     /// What the attention of each layer sees, `layer_types`; without it every layer sees everything.
     pub layer_types: Option<Vec<AttentionKind>>,
     /// How many tokens back, itself included, a token of a [`AttentionKind::Sliding`] layer sees: `sliding_window`.
     pub sliding_window: Option<usize>,
+    /// Gates over the heads of attention, by what a token brings: `context_gate`.
+    pub context_gate: Option<ContextGate>,
+}
+
+/// Gates over attention heads: g = σ(w·x + u·d + b), d the semantic density of the token (`ernie_kernels::density`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ContextGate {
+    /// A head whose gate is below it gives nothing, and is not computed.
+    pub threshold: f64,
 }
 
 /// What a layer's attention sees, in the spelling of transformers' `layer_types`.
@@ -50,7 +59,7 @@ impl Mechanisms {
 
     pub(super) fn parse(root: &Fields<'_>) -> Result<Self> {
         let Some(own) = root.section(KEY, "ernie_rs.")? else { return Ok(Self::default()) };
-        const KNOWN: [&str; 2] = ["layer_types", "sliding_window"];
+        const KNOWN: [&str; 3] = ["layer_types", "sliding_window", "context_gate"];
         if let Some((key, value)) = own.map.iter().find(|(key, _)| !KNOWN.contains(&key.as_str())) {
             return Err(own.error(key, format!("no such key; {} are known", KNOWN.join(", ")), value));
         }
@@ -63,7 +72,16 @@ impl Mechanisms {
                 Some(kinds.ok_or_else(|| own.error(name, expected, value))?)
             }
         };
-        Ok(Self { layer_types, sliding_window: own.size(&["sliding_window"])? })
+        let context_gate = match own.section("context_gate", "ernie_rs.context_gate.")? {
+            None => None,
+            Some(gate) => {
+                if let Some((key, value)) = gate.map.iter().find(|(key, _)| *key != "threshold") {
+                    return Err(gate.error(key, "no such key; threshold is known", value));
+                }
+                Some(ContextGate { threshold: gate.float(&["threshold"])?.unwrap_or(0.5) })
+            }
+        };
+        Ok(Self { layer_types, sliding_window: own.size(&["sliding_window"])?, context_gate })
     }
 
     /// The object to write, if there is anything to say.
@@ -77,6 +95,9 @@ impl Mechanisms {
         }
         if let Some(window) = self.sliding_window {
             object.insert("sliding_window".into(), json!(window));
+        }
+        if let Some(gate) = &self.context_gate {
+            object.insert("context_gate".into(), json!({"threshold": gate.threshold}));
         }
         Some(Value::Object(object))
     }

@@ -16,7 +16,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 pub use counts::ParameterCounts;
-pub use mechanisms::{AttentionKind, Mechanisms};
+pub use mechanisms::{AttentionKind, ContextGate, Mechanisms};
 
 use crate::error::{Error, Result};
 use crate::files;

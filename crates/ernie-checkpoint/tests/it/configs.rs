@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ernie_checkpoint::{Config, Error, Family, Mechanisms, MlpKind, Quantization};
+use ernie_checkpoint::{Config, ContextGate, Error, Family, Mechanisms, MlpKind, Quantization};
 use serde_json::{Map, Value, json};
 
 use crate::fixture::{assert_error, dense, mentions_all, moe, vision_language, wide_moe};
@@ -305,6 +305,12 @@ fn mechanisms_are_read_checked_and_written() {
     assert_eq!(config.kv_bytes_per_token(2), 2 * 2 * 128 * 2);
     assert_eq!(config.kv_bytes_of_window(2), 2 * 64 * 2 * 2 * 128 * 2);
     assert_eq!(config.to_json().to_string(), source.to_string());
+    config.mechanisms.context_gate = Some(ContextGate { threshold: 0.25 });
+    let written = config.to_json();
+    assert_eq!(written["ernie_rs"]["context_gate"], json!({"threshold": 0.25}));
+    assert_eq!(parse(&written).unwrap().mechanisms, config.mechanisms);
+    let names: Vec<String> = config.tensor_specs().into_iter().map(|spec| spec.name).filter(|name| name.contains("context_gate")).collect();
+    assert_eq!(names.len(), 3 * 4);
     config.mechanisms = Mechanisms::default();
     assert_eq!(config.to_json().get("ernie_rs"), None);
 
@@ -316,6 +322,9 @@ fn mechanisms_are_read_checked_and_written() {
         (json!({"sliding_window": 64}), "ernie_rs.sliding_window"),
         (json!({"sliding_window": 0, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}), "ernie_rs.sliding_window"),
         (json!([]), "ernie_rs"),
+        (json!({"context_gate": {"threshold": 1.0}}), "ernie_rs.context_gate.threshold"),
+        (json!({"context_gate": {"level": 0.1}}), "ernie_rs.context_gate.level"),
+        (json!({"context_gate": true}), "ernie_rs.context_gate"),
     ] {
         let mut object = source.clone();
         object["ernie_rs"] = own;

@@ -12,6 +12,7 @@ fn a_decoding_step_allocates_nothing() {
         ("moe_k2", WeightDtype::Int8),
         ("dense_bias_mqa", WeightDtype::F32),
         ("dense_local", WeightDtype::Int8),
+        ("moe_gated_local", WeightDtype::Int8),
     ];
     for (name, dtype) in models {
         let options = LoadOptions { dtype, threads: 1, kv_dtype: None };
@@ -25,7 +26,7 @@ fn a_decoding_step_allocates_nothing() {
             engine.submit(Request { prompt: vec![1, 5, 9 + seed as u32], params, logprobs: true }).unwrap();
         }
         // The first steps find out how much is needed.
-        for _ in 0..3 {
+        for _ in 0..6 {
             engine.step();
         }
         let counted = allocation_counter::measure(|| {

@@ -127,7 +127,7 @@ pub fn windows_checkpoint(name: &str, windows: &[usize]) -> Checkpoint {
     golden.copy(SaveDtype::F32, |config| {
         let kind = |&window: &usize| if window > 0 { AttentionKind::Sliding } else { AttentionKind::Full };
         let (layer_types, sliding_window) = (Some(windows.iter().map(kind).collect()), windows.iter().copied().max());
-        config.mechanisms = Mechanisms { layer_types, sliding_window };
+        config.mechanisms = Mechanisms { layer_types, sliding_window, ..Mechanisms::default() };
     })
 }
 

@@ -119,6 +119,22 @@ fn a_kept_prefix_changes_nothing() {
     assert_eq!(back.tokens, first.tokens);
 }
 
+/// A session of a model with gated heads goes back to the end of a block, and on from there with the same bits.
+#[test]
+fn a_kept_prefix_of_gated_heads_ends_with_a_block() {
+    let golden = Golden::named("dense_gated");
+    let model = golden.model(WeightDtype::Auto);
+    let first: Vec<u32> = (0..75).map(|i| 1 + i * 31 % 90).collect();
+    let mut second = first[..70].to_vec();
+    second.extend([5, 9, 12, 40]);
+    let mut session = Session::new(&model, 128).unwrap();
+    session.prefill(&first).unwrap();
+    assert_eq!(session.keep_common_prefix(&second), 64);
+    let kept = session.prefill(&second[64..]).unwrap().to_vec();
+    assert_eq!(kept, Session::new(&model, 128).unwrap().prefill(&second).unwrap());
+    assert_eq!(session.keep_common_prefix(&second), 64);
+}
+
 /// A model saved as bf16 and one rounded to bf16 while loading are the same model, and near the f32 one; 8-bit weights are dequantised.
 #[test]
 fn rounded_copies_stay_near() {

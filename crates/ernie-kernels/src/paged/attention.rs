@@ -23,6 +23,8 @@ pub struct Layer<'a> {
     pub q_heads: usize,
     /// How many positions back, its own included, a query sees; `None`: all.
     pub window: Option<usize>,
+    /// Factors of the heads' outputs, `[rows, q_heads]`, without which all are 1; a head whose factor is 0 is not computed.
+    pub gates: Option<&'a [f32]>,
 }
 
 /// Causal attention of each row to the positions of its sequence up to its own, as far as the window goes back, which must have been stored:
@@ -32,7 +34,8 @@ pub struct Layer<'a> {
 /// # Panics
 /// If sizes do not fit.
 pub fn attention(pool: &Pool, out: &mut [f32], q: Mat<'_>, rope: Option<&RopeTable>, of: Layer<'_>, spans: &mut Spans) {
-    let Layer { kv, layer, q_heads, window } = of;
+    let Layer { kv, layer, q_heads, window, gates } = of;
+    assert!(gates.is_none_or(|gates| gates.len() == q.rows() * q_heads), "a gate for each head of {} rows", q.rows());
     assert!(window != Some(0), "a window of no positions");
     assert!(kv.kv_heads > 0 && q_heads.is_multiple_of(kv.kv_heads), "{q_heads} query heads over {} key heads", kv.kv_heads);
     let (d, group) = (kv.head_dim, q_heads / kv.kv_heads);
@@ -43,9 +46,10 @@ pub fn attention(pool: &Pool, out: &mut [f32], q: Mat<'_>, rope: Option<&RopeTab
         let span = &spans.spans[spans.span_of[task]];
         let rows = spans.rows[task].clone();
         let start = span.start + rows.start - span.rows.start;
+        let gates = gates.map(|gates| Mat::new(gates, q.rows(), q_heads).rows_of(rows.clone()).columns(col / d..col / d + group));
         let queries = q.rows_of(rows).columns(col..col + group * d);
         let keys = Keys { kv, layer, head: col / (group * d), blocks: spans.blocks_of(span), first_block: span.first_block, window };
-        attend(&mut out, queries, rope, keys, start, group);
+        attend(&mut out, queries, gates, rope, keys, start, group);
     });
 }
 
@@ -68,24 +72,48 @@ impl Keys<'_> {
 }
 
 /// One key head: queries `[tokens, group·d]`, the first token at position `start`.
-fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys<'_>, start: usize, group: usize) {
+#[allow(clippy::too_many_arguments)] // A block of queries, and what they see.
+fn attend(out: &mut MatMut<'_>, q: Mat<'_>, gates: Option<Mat<'_>>, rope: Option<&RopeTable>, keys: Keys<'_>, start: usize, group: usize) {
     let (d, tokens) = (keys.kv.head_dim, q.rows());
-    let (rows, width) = (tokens * group, d.next_multiple_of(COLS));
+    let gate = |token: usize, member: usize| gates.map_or(1.0, |gates| gates.row(token)[member]);
+    // Row r is head r % group of token r / group; those that are computed stand side by side, by which no row's bits change.
+    let all = tokens * group;
+    let mut listed = Scratch::take(all);
+    let listed: &mut [u32] = bytemuck::cast_slice_mut(&mut listed);
+    let mut rows = 0;
+    for row in 0..all {
+        if gate(row / group, row % group) != 0.0 {
+            listed[rows] = row as u32;
+            rows += 1;
+        } else {
+            out.row_mut(row / group)[row % group * d..][..d].fill(0.0);
+        }
+    }
+    if rows == 0 {
+        return;
+    }
+    let token_of = |row: usize| listed[row] as usize / group;
+    let width = d.next_multiple_of(COLS);
     let tiles = rows.div_ceil(ROWS);
-    // Row r is query head r % group of token r / group.
-    let mut packed = Scratch::take(tiles * ROWS * d);
+    // Sizes by all rows: how many are computed changes from step to step.
+    let mut packed = Scratch::take(all.div_ceil(ROWS) * ROWS * d);
     packed.fill(0.0);
     let scale = 1.0 / (d as f32).sqrt();
     // Where the processor multiplies bf16 and the cache holds it, queries and probabilities are rounded to it too, for twice the speed.
     let native = keys.kv.dtype == KvDtype::Bf16 && dot_bf16::is_available();
     let (mut turned, mut words) = (Scratch::take(group * d), Scratch::take(d / 2));
+    let mut row = 0;
     for token in 0..tokens {
+        if row == rows || token_of(row) > token {
+            continue;
+        }
         turned.copy_from_slice(&q.row(token)[..group * d]);
         if let Some(rope) = rope {
             rope::rotate_row(&mut turned, rope, start + token);
         }
         turned.iter_mut().for_each(|x| *x *= scale);
-        for (row, query) in (token * group..).zip(turned.chunks_exact(d)) {
+        while row < rows && token_of(row) == token {
+            let query = &turned[listed[row] as usize % group * d..][..d];
             if native {
                 narrow_pairs(bytemuck::cast_slice_mut(&mut words), query);
                 let words: &[u32] = bytemuck::cast_slice(&words);
@@ -94,12 +122,13 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
             } else {
                 column_of(&mut packed[row / ROWS * ROWS * d..][..ROWS * d], row % ROWS, query);
             }
+            row += 1;
         }
     }
-    let mut values = Scratch::take(rows * width);
+    let mut values = Scratch::take(all * width);
     values.fill(0.0);
-    let mut state = Scratch::take(2 * rows);
-    let (maxima, sums) = state.split_at_mut(rows);
+    let mut state = Scratch::take(2 * all);
+    let (maxima, sums) = state.split_at_mut(all);
     maxima.fill(f32::NEG_INFINITY);
     sums.fill(0.0);
     let mut wide = Scratch::take((d + width) * BLOCK);
@@ -107,7 +136,7 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
     let mut rounded = [0u32; ROWS * BLOCK / 2];
     let packed_words: &[u32] = bytemuck::cast_slice(&packed);
 
-    let (first, last) = (keys.first_seen(start), start + tokens - 1);
+    let (first, last) = (keys.first_seen(start + token_of(0)), start + token_of(rows - 1));
     assert!(first / BLOCK >= keys.first_block, "position {first} is no longer in the cache");
     for index in first / BLOCK..=last / BLOCK {
         let (first_key, block) = (index * BLOCK, keys.blocks[index - keys.first_block]);
@@ -117,7 +146,7 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
             let range = tile_index * ROWS..(tile_index * ROWS + ROWS).min(rows);
             // Positions of this block that a row sees: at most those that its tile's last row sees, and from those on that its first row sees.
             let seen = |row: usize| {
-                let position = start + row / group;
+                let position = start + token_of(row);
                 let from = keys.first_seen(position).saturating_sub(first_key).min(BLOCK);
                 from..(position + 1).saturating_sub(first_key).min(BLOCK)
             };
@@ -150,8 +179,9 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, rope: Option<&RopeTable>, keys: Keys
         }
     }
     for row in 0..rows {
-        let out = &mut out.row_mut(row / group)[row % group * d..][..d];
-        let inverse = 1.0 / sums[row];
+        let (token, member) = (token_of(row), listed[row] as usize % group);
+        let out = &mut out.row_mut(token)[member * d..][..d];
+        let inverse = gate(token, member) / sums[row];
         for (out, value) in out.iter_mut().zip(&values[row * width..]) {
             *out = value * inverse;
         }

@@ -26,7 +26,7 @@ fn equals_its_twin_and_never_depends_on_what_is_computed_together() {
             let kv = filled(&k, &v, &blocks, kv_heads, d, dtype);
             for window in [None, Some(1), Some(7), Some(32), Some(50), Some(131)] {
                 let what = format!("{q_heads}/{kv_heads} heads of {d}, {dtype:?}, window {window:?}");
-                let layer = Layer { kv: &kv, layer: 1, q_heads, window };
+                let layer = Layer { kv: &kv, layer: 1, q_heads, window, gates: None };
                 let queries = Mat::new(&q, positions, q_heads * d);
                 let expected = scalar::attention(&q, &k, &v, window.unwrap_or(positions), q_heads, kv_heads, d);
                 let mut all = vec![0.0; q.len()];
@@ -53,6 +53,47 @@ fn equals_its_twin_and_never_depends_on_what_is_computed_together() {
 }
 
 #[test]
+fn heads_whose_gate_is_shut_are_left_out_and_change_no_other() {
+    let pool = Pool::new(2);
+    let blocks = [7, 3, 39, 0, 12];
+    for (q_heads, kv_heads, d) in SHAPES {
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let positions = 131;
+            let q = Random::new(1).vec(positions * q_heads * d, 4.0);
+            let (k, v) = (Random::new(2).vec(positions * kv_heads * d, 1.0), Random::new(3).vec(positions * kv_heads * d, 1.0));
+            let kv = filled(&k, &v, &blocks, kv_heads, d, dtype);
+            for window in [None, Some(20)] {
+                let run = |gates: Option<&[f32]>, rows: std::ops::Range<usize>| {
+                    let mut out = vec![f32::NAN; rows.len() * q_heads * d];
+                    let mut spans = Spans::default();
+                    spans.push(rows.len(), rows.start, &blocks[..rows.end.div_ceil(BLOCK)]);
+                    let queries = Mat::new(&q, positions, q_heads * d).rows_of(rows.clone());
+                    let gates = gates.map(|gates| &gates[rows.start * q_heads..rows.end * q_heads]);
+                    attention(&pool, &mut out, queries, None, Layer { kv: &kv, layer: 1, q_heads, window, gates }, &mut spans);
+                    out
+                };
+                let all = run(None, 0..positions);
+                let mut random = Random::new(8);
+                // Some rows with all heads shut, some with none.
+                let gates: Vec<f32> =
+                    (0..positions * q_heads).map(|i| if random.below(3) == 0 || i / q_heads % 7 == 3 { 0.0 } else { 1.0 }).collect();
+                let gated = run(Some(&gates), 0..positions);
+                for (head, gate) in gates.iter().enumerate() {
+                    let (got, whole) = (&gated[head * d..][..d], &all[head * d..][..d]);
+                    assert!(if *gate == 0.0 { got.iter().all(|x| *x == 0.0) } else { got == whole }, "head {head}, window {window:?}");
+                }
+                // Token by token the same bits; and a factor is a factor.
+                for row in [0, 3, 64, 130] {
+                    assert_eq!(run(Some(&gates), row..row + 1), gated[row * q_heads * d..][..q_heads * d]);
+                }
+                let halves: Vec<f32> = gates.iter().map(|gate| gate / 2.0).collect();
+                assert!(run(Some(&halves), 0..positions).iter().zip(&gated).all(|(half, whole)| *half * 2.0 == *whole));
+            }
+        }
+    }
+}
+
+#[test]
 fn queries_may_stand_among_other_columns() {
     let (q_heads, kv_heads, d, positions) = (2, 1, 8, 5);
     let wide = Random::new(4).vec(positions * 40, 1.0);
@@ -62,7 +103,7 @@ fn queries_may_stand_among_other_columns() {
     let (mut a, mut b) = (vec![0.0; q.len()], vec![0.0; q.len()]);
     let mut spans = Spans::default();
     spans.push(positions, 0, &[9]);
-    let layer = Layer { kv: &kv, layer: 1, q_heads, window: None };
+    let layer = Layer { kv: &kv, layer: 1, q_heads, window: None, gates: None };
     attention(&Pool::new(1), &mut a, Mat::new(&q, positions, 16), None, layer, &mut spans);
     attention(&Pool::new(1), &mut b, Mat::new(&wide, positions, 40), None, layer, &mut spans);
     assert_eq!(a, b);
@@ -84,7 +125,7 @@ fn what_another_sequence_left_in_a_block_is_never_seen() {
         let mut out = vec![0.0; q.len()];
         let mut spans = Spans::default();
         spans.push(positions, 0, &[0]);
-        let layer = Layer { kv: &kv, layer: 0, q_heads: 1, window: None };
+        let layer = Layer { kv: &kv, layer: 0, q_heads: 1, window: None, gates: None };
         attention(&Pool::new(1), &mut out, Mat::new(&q, positions, d), None, layer, &mut spans);
         assert!(out.iter().all(|x| x.is_finite()), "{dtype:?}");
     }
@@ -127,7 +168,7 @@ fn appended_rows_and_queries_are_turned_by_their_positions() {
             assert_eq!(kv.memory.bytes(), expected.memory.bytes(), "{dtype:?}, step {step}");
             let (mut first, mut later) = (vec![0.0; spans.rows() * q], vec![0.0; spans.rows() * q]);
             let count = spans.rows();
-            let layer = Layer { kv: &kv, layer: 1, q_heads, window: Some(40) };
+            let layer = Layer { kv: &kv, layer: 1, q_heads, window: Some(40), gates: None };
             attention(&pool, &mut first, Mat::new(&rows, count, width), Some(&rope), layer, &mut spans);
             attention(&pool, &mut later, Mat::new(&turned, count, width), None, layer, &mut spans);
             assert_eq!(first, later, "{dtype:?}, step {step}");

@@ -99,6 +99,12 @@ impl Fused for Flex {
     fn fused_rope_attention(qkv: X, context: AttentionContext) -> X {
         <Self as FusedKernels>::rope_attention_kernel(&qkv, &context).0
     }
+    fn fused_semantic_density(x: X, decay: X, cu_seqlens: Arc<[u32]>) -> X {
+        <Self as FusedKernels>::semantic_density_kernel(&x, &decay, &cu_seqlens)
+    }
+    fn fused_gate_heads(heads: X, logits: X, threshold: f64) -> X {
+        <Self as FusedKernels>::gate_heads_kernel(&heads, &logits, threshold)
+    }
     fn fused_routed_experts(x: X, gate: X, up: X, down: X, weights: X, context: ExpertsContext) -> X {
         <Self as FusedKernels>::routed_experts_kernel(&[x, gate, up, down, weights], &context).0
     }
@@ -223,6 +229,41 @@ impl FusedKernels for Flex {
         });
         [qkv, out, dy].into_iter().for_each(recycle);
         dqkv
+    }
+
+    fn semantic_density_kernel(x: &X, decay: &X, cu_seqlens: &[u32]) -> X {
+        let (x, decay) = (ordered(x), ordered(decay));
+        let [t, h] = dims(&x);
+        let mut d = buffer(t);
+        kernels::density::forward(&mut d, slice(&x), h, slice(&decay)[0], cu_seqlens);
+        tensor(d, [t, 1])
+    }
+
+    fn semantic_density_gradient(x: X, decay: X, cu_seqlens: &[u32], dd: X) -> [X; 2] {
+        let (x, decay, dd) = (in_order(x), ordered(&decay), in_order(dd));
+        let [_, h] = dims(&x);
+        let mut of_decay = 0.0;
+        let dx = filled(&x, |dx| of_decay = kernels::density::backward(dx, slice(&x), h, slice(&decay)[0], cu_seqlens, slice(&dd)));
+        recycle(x);
+        [dx, tensor(vec![of_decay], [1])]
+    }
+
+    fn gate_heads_kernel(heads: &X, logits: &X, threshold: f64) -> X {
+        let (heads, logits) = (ordered(heads), ordered(logits));
+        let [_, n] = dims(&logits);
+        filled(&heads, |y| kernels::head_gates::forward(y, slice(&heads), slice(&logits), n, threshold as f32))
+    }
+
+    fn gate_heads_gradient([heads, logits]: [X; 2], threshold: f64, dy: X) -> [X; 2] {
+        let (heads, logits, dy) = (in_order(heads), in_order(logits), in_order(dy));
+        let [_, n] = dims(&logits);
+        let mut dlogits = buffer(len(&logits));
+        let dheads = filled(&heads, |dheads| {
+            let threshold = threshold as f32;
+            kernels::head_gates::backward(dheads, &mut dlogits, slice(&heads), slice(&logits), slice(&dy), n, threshold);
+        });
+        [heads, dy].into_iter().for_each(recycle);
+        [dheads, tensor(dlogits, shape(&logits))]
     }
 
     fn routed_experts_kernel(inputs: &[X; 5], context: &ExpertsContext) -> (X, Arc<kernels::experts::Saved>) {

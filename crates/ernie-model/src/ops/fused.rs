@@ -35,6 +35,8 @@ pub(super) trait Fused: Backend {
         precision: Precision,
     ) -> FloatTensor<Self>;
     fn fused_rope_attention(qkv: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self>;
+    fn fused_semantic_density(x: FloatTensor<Self>, decay: FloatTensor<Self>, cu_seqlens: Arc<[u32]>) -> FloatTensor<Self>;
+    fn fused_gate_heads(heads: FloatTensor<Self>, logits: FloatTensor<Self>, threshold: f64) -> FloatTensor<Self>;
     fn fused_routed_experts(
         x: FloatTensor<Self>,
         gate: FloatTensor<Self>,
@@ -84,6 +86,15 @@ pub(super) trait FusedKernels: Backend {
         context: &AttentionContext,
         dy: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+    fn semantic_density_kernel(x: &FloatTensor<Self>, decay: &FloatTensor<Self>, cu_seqlens: &[u32]) -> FloatTensor<Self>;
+    fn semantic_density_gradient(
+        x: FloatTensor<Self>,
+        decay: FloatTensor<Self>,
+        cu_seqlens: &[u32],
+        dd: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2];
+    fn gate_heads_kernel(heads: &FloatTensor<Self>, logits: &FloatTensor<Self>, threshold: f64) -> FloatTensor<Self>;
+    fn gate_heads_gradient(inputs: [FloatTensor<Self>; 2], threshold: f64, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
     /// Inputs x, gate, up, down, weights.
     fn routed_experts_kernel(
         inputs: &[FloatTensor<Self>; 5],

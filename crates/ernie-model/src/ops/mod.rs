@@ -168,6 +168,22 @@ pub fn rope_attention(qkv: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::fused_rope_attention(qkv.into_dispatch(), context.clone()))
 }
 
+/// `1 − cos(x_t, m_t)`, `[t, 1]`, m the moving sum of a document's rows with this decay, `[1]`.
+pub fn semantic_density(x_th: Tensor<2>, decay_1: Tensor<1>, cu_seqlens: &Arc<[u32]>) -> Tensor<2> {
+    if !runs_kernels(&x_th.device()) {
+        return plain::semantic_density(x_th, decay_1, cu_seqlens);
+    }
+    Tensor::from_dispatch(Dispatch::fused_semantic_density(x_th.into_dispatch(), decay_1.into_dispatch(), cu_seqlens.clone()))
+}
+
+/// Head outputs `[t, n·d]` times σ(logits `[t, n]`), 0 where that is below the threshold; its gradient takes no notice of the threshold.
+pub fn gate_heads(heads: Tensor<2>, logits_tn: Tensor<2>, threshold: f64) -> Tensor<2> {
+    if !runs_kernels(&heads.device()) {
+        return plain::gate_heads(heads, logits_tn, threshold);
+    }
+    Tensor::from_dispatch(Dispatch::fused_gate_heads(heads.into_dispatch(), logits_tn.into_dispatch(), threshold))
+}
+
 /// `y_t = Σ_k weights_tk · down(silu(gate x) ⊙ up x)` over the experts chosen for each token; stacks are `[gate, up, down]`.
 pub fn routed_experts(x_th: Tensor<2>, stacks: [Tensor<3>; 3], weights_tk: Tensor<2>, context: &ExpertsContext) -> Tensor<2> {
     if !runs_kernels(&x_th.device()) {

@@ -79,6 +79,36 @@ fn rope(x_nld: Tensor<3>, context: &AttentionContext) -> Tensor<3> {
     Tensor::<3>::stack::<4>(vec![rotated_even, rotated_odd], 3).reshape([n, length, d])
 }
 
+/// `1 − cos(x_t, Σ_s decay^(t−s)·x_s)` over the rows s up to t of a document, `[t, 1]`.
+pub fn semantic_density(x_th: Tensor<2>, decay_1: Tensor<1>, cu_seqlens: &Arc<[u32]>) -> Tensor<2> {
+    let device = x_th.device();
+    let documents = cu_seqlens.windows(2).filter(|bounds| bounds[1] > bounds[0]).map(|bounds| {
+        let (start, length) = (bounds[0] as usize, (bounds[1] - bounds[0]) as usize);
+        let x_th = x_th.clone().narrow(0, start, length);
+        let back = (0..length * length).map(|i| (i / length) as f32 - (i % length) as f32).collect::<Vec<_>>();
+        let after = back.iter().map(|&back| back < 0.0).collect::<Vec<_>>();
+        let back_tt = Tensor::<2>::from_data(TensorData::new(back, [length, length]), &device);
+        let after_tt = Tensor::<2, Bool>::from_data(TensorData::new(after, [length, length]), &device);
+        let weights_tt = (back_tt * decay_1.clone().log().unsqueeze::<2>()).exp().mask_fill(after_tt, 0.0);
+        let m_th = weights_tt.matmul(x_th.clone());
+        let dot_t1 = (x_th.clone() * m_th.clone()).sum_dim(1);
+        let lengths_t1 = (x_th.square().sum_dim(1) * m_th.square().sum_dim(1)).sqrt();
+        (dot_t1 / lengths_t1).neg() + 1.0
+    });
+    Tensor::cat(documents.collect(), 0)
+}
+
+/// Heads times their gates, or nothing; straight through for the gates' gradient.
+pub fn gate_heads(heads: Tensor<2>, logits_tn: Tensor<2>, threshold: f64) -> Tensor<2> {
+    let ([t, width], [_, n]) = (heads.dims(), logits_tn.dims());
+    let gates_tn = activation::sigmoid(logits_tn);
+    let shut_tn = gates_tn.clone().lower_elem(threshold);
+    let open_tn = gates_tn.clone().detach().mask_fill(shut_tn, 0.0);
+    let straight_tn = gates_tn.clone() - gates_tn.detach() + open_tn;
+    let heads: Tensor<3> = heads.reshape([t, n, width / n]);
+    (heads * straight_tn.reshape([t, n, 1])).reshape([t, width])
+}
+
 /// Each head `times` times, one after another.
 fn repeat_heads(x_nld: Tensor<3>, times: usize) -> Tensor<3> {
     let [n, length, d] = x_nld.dims();

@@ -60,6 +60,10 @@ backward!(SwigluLinearAdd, 3, (Pair<B>, Precision), |(gate_up_w, precision), dy|
 backward!(RopeAttention, 1, (FloatTensor<B>, FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(qkv, out, lse, context), dy| {
     [B::rope_attention_gradient(qkv, out, &lse, &context, dy)]
 });
+backward!(SemanticDensity, 2, (Pair<B>, Arc<[u32]>), |([x, decay], cu_seqlens), dd| {
+    B::semantic_density_gradient(x, decay, &cu_seqlens, dd)
+});
+backward!(GateHeads, 2, (Pair<B>, f64), |(inputs, threshold), dy| B::gate_heads_gradient(inputs, threshold, dy));
 backward!(RoutedExperts, 5, ([FloatTensor<B>; 5], Arc<experts::Saved>, Precision), |(inputs, saved, precision), dy| {
     B::routed_experts_gradient(inputs, &saved, precision, dy)
 });
@@ -150,6 +154,18 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         let (y, lse) = B::rope_attention_kernel(&qkv, &context);
         let out = y.clone();
         record::<B, C, _, 1>(RopeAttention, [node], y, || (qkv, out, lse, context))
+    }
+
+    fn fused_semantic_density(x: FloatTensor<Self>, decay: FloatTensor<Self>, cu_seqlens: Arc<[u32]>) -> FloatTensor<Self> {
+        let ((x, x_node), (decay, decay_node)) = (x.into_parts(), decay.into_parts());
+        let d = B::semantic_density_kernel(&x, &decay, &cu_seqlens);
+        record::<B, C, _, 2>(SemanticDensity, [x_node, decay_node], d, || ([x, decay], cu_seqlens))
+    }
+
+    fn fused_gate_heads(heads: FloatTensor<Self>, logits: FloatTensor<Self>, threshold: f64) -> FloatTensor<Self> {
+        let ((heads, heads_node), (logits, logits_node)) = (heads.into_parts(), logits.into_parts());
+        let y = B::gate_heads_kernel(&heads, &logits, threshold);
+        record::<B, C, _, 2>(GateHeads, [heads_node, logits_node], y, || ([heads, logits], threshold))
     }
 
     fn fused_routed_experts(

@@ -1,7 +1,10 @@
 //! Every fused operator against its twin in Burn's own operations: values and all gradients.
 use std::sync::Arc;
 
-use burn::{prelude::*, tensor::Distribution};
+use burn::{
+    prelude::*,
+    tensor::{Distribution, activation},
+};
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 use ernie_model::{
     batch::IGNORE,
@@ -126,6 +129,26 @@ fn head_and_cross_entropy_with_ignored_targets() {
         assert!(losses.iter().all(|losses| losses.len() == tokens && losses[0] == 0.0 && losses[1] > 0.0));
         assert!(losses[0].iter().zip(losses[1]).zip(losses[2]).all(|((a, b), c)| (a - b).abs() < 1e-5 && (a - c).abs() < 1e-5));
     }
+}
+
+#[test]
+fn density_of_several_documents() {
+    let cu_seqlens: Arc<[u32]> = [0, 1, 12, 12, 40].into();
+    let (x, logit) = (random([40, 10]), random([1]));
+    let decay = || activation::sigmoid(logit.clone());
+    let fused = ops::semantic_density(x.clone(), decay(), &cu_seqlens);
+    agree("density", fused, plain::semantic_density(x.clone(), decay(), &cu_seqlens), &[&x], &[]);
+    let gradient = |y: Tensor<2>| ops::host_f32(&logit.grad(&(y.clone() * y).sum().backward()).unwrap())[0];
+    let fused = gradient(ops::semantic_density(x.clone(), decay(), &cu_seqlens));
+    let plain = gradient(plain::semantic_density(x.clone(), decay(), &cu_seqlens));
+    assert!((fused - plain).abs() < 1e-4 * plain.abs().max(1e-2), "{fused} for {plain}");
+}
+
+#[test]
+fn gates_over_heads() {
+    let (heads, logits) = (random([70, 3 * 8]), random([70, 3]));
+    let run = |f: fn(Tensor<2>, Tensor<2>, f64) -> Tensor<2>| f(heads.clone(), logits.clone(), 0.4);
+    agree("gates", run(ops::gate_heads), run(plain::gate_heads), &[&heads, &logits], &[]);
 }
 
 #[test]

@@ -23,7 +23,8 @@ fn config(moe: bool) -> Config {
         "model_type": "ernie4_5", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 6, "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": EPS,
         "rope_theta": 10000.0, "use_bias": false, "tie_word_embeddings": false, "initializer_range": 0.2,
-        "ernie_rs": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 9}
+        "ernie_rs": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 9,
+            "context_gate": {"threshold": 0.86}}
     });
     if moe {
         let more = serde_json::json!({
@@ -67,7 +68,13 @@ fn plain_loss(model: &Ernie, batch: &PackedBatch) -> Tensor<1> {
         let (attention, context) = (&layer.self_attn, AttentionContext { window: config.window(index), ..context.clone() });
         let layers = [attention.q_proj.weight.val(), attention.k_proj.weight.val(), attention.v_proj.weight.val()];
         let qkv = plain::norm_linear(x_th.clone(), layer.input_layernorm.weight.val(), EPS, layers);
-        x_th = plain::linear_add(x_th, plain::rope_attention(qkv, &context), attention.o_proj.weight.val());
+        let gate = attention.context_gate.as_ref().unwrap();
+        let z_th = plain::rms_norm(x_th.clone(), layer.input_layernorm.weight.val(), EPS);
+        let density = plain::semantic_density(z_th.clone(), activation::sigmoid(gate.decay.val()), &batch.cu_seqlens);
+        let bias = gate.bias.val().unsqueeze::<2>();
+        let logits = plain::linear(z_th, gate.weight.val()) + density * gate.density.val().unsqueeze::<2>() + bias;
+        let heads = plain::gate_heads(plain::rope_attention(qkv, &context), logits, config.mechanisms.context_gate.unwrap().threshold);
+        x_th = plain::linear_add(x_th, heads, attention.o_proj.weight.val());
         x_th = match &layer.mlp {
             FeedForward::Dense(dense) => mlp(x_th.clone(), x_th, &layer.post_attention_layernorm, dense),
             FeedForward::Moe(experts) => moe(x_th, &layer.post_attention_layernorm, experts, config),

@@ -34,6 +34,33 @@ fn drawing_by_priority_learns_and_goes_on_to_the_same_bits() {
     assert!(matches!(train(&other, &bench.options()).unwrap_err(), TrainError::OtherRun { .. }));
 }
 
+#[test]
+fn gates_are_brought_to_their_share_and_cost_little() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let gated = |out: &str, recompute: bool| {
+        let mut recipe = bench.recipe(out, 150);
+        recipe.model["ernie_rs"] = serde_json::json!({"context_gate": {"threshold": 0.5}});
+        (recipe.loss.gate, recipe.loss.gate_target, recipe.run.recompute) = (4.0, 0.5, recompute);
+        train(&recipe, &bench.options()).unwrap()
+    };
+    let (plain, report) = (train(&bench.recipe("plain", 150), &bench.options()).unwrap(), gated("gated", false));
+    let (loss, expected) = (report.validation[0].1, plain.validation[0].1);
+    assert!(loss < 1.15 * expected, "{loss} against {expected}");
+    let active = |run: &str| -> Vec<f64> {
+        let text = fs::read_to_string(dir.path().join(run).join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter_map(|line| line["active_heads"].as_f64()).collect()
+    };
+    let shares = active("gated");
+    let last = shares[140..].iter().sum::<f64>() / 10.0;
+    assert!(shares[0] > 0.9 && (last - 0.5).abs() < 0.15, "{last} of the heads are active at last, {} at first", shares[0]);
+    assert!(Checkpoint::open(&report.model_dir).unwrap().contains("model.layers.1.self_attn.context_gate.decay"));
+    // Layers that are computed again for their gradients choose the same heads.
+    gated("recomputed", true);
+    assert!((active("recomputed")[20] - shares[20]).abs() < 0.02);
+}
+
 const SWEEP: &str = r#"
 name = "windows & priorities"
 recipe = "base.toml"

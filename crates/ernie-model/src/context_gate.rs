@@ -1,0 +1,127 @@
+//! Gates over the heads of attention, by what each token brings.
+//!
+//! `d_t = 1 − cos(x_t, m_t)`, m the exponential moving average of the document's normed states with a learned decay; `g = σ(W·x + u·d + b)`; a head's output is
+//! multiplied by its gate, and is nothing where the gate is below the threshold (straight through for the gradient). Related: gated attention (arXiv
+//! 2505.06708), mixtures of heads (arXiv 2410.11842).
+use std::sync::Arc;
+
+use crate::{init::Init, ops};
+use burn::{module::Param, prelude::*, tensor::TensorData};
+use ernie_checkpoint::{Config, ContextGate as Settings};
+use ernie_kernels::head_gates;
+
+/// Logit of the decay at first: 0.9.
+const FIRST_DECAY: f32 = 2.197_224_6;
+/// Factor of the density at first: what is new opens heads.
+const FIRST_DENSITY: f32 = 1.0;
+/// Bias at first: gates of 0.88, so that training starts with all heads.
+const FIRST_BIAS: f32 = 2.0;
+
+/// The gates of one layer.
+#[derive(Module, Debug)]
+pub struct ContextGate {
+    /// W, `[n_q, h]`.
+    pub weight: Param<Tensor<2>>,
+    /// b, `[n_q]`.
+    pub bias: Param<Tensor<1>>,
+    /// u, `[n_q]`.
+    pub density: Param<Tensor<1>>,
+    /// Logit of the decay, `[1]`.
+    pub decay: Param<Tensor<1>>,
+    #[module(skip)]
+    threshold: f64,
+}
+
+/// What one layer's gates did to one batch.
+#[derive(Debug, Clone)]
+pub struct Gating {
+    /// Gate logits, `[t, n_q]`, on the tape.
+    pub logits_tn: Tensor<2>,
+    /// Semantic density of each token, `[t, 1]`.
+    pub density_t1: Tensor<2>,
+    threshold: f64,
+}
+
+impl ContextGate {
+    /// Fresh gates, nearly open.
+    pub fn new(init: &mut Init, config: &Config, settings: &Settings) -> Self {
+        let heads = config.num_attention_heads;
+        Self {
+            weight: init.normal([heads, config.hidden_size], init.std),
+            bias: init.constant([heads], FIRST_BIAS),
+            density: init.constant([heads], FIRST_DENSITY),
+            decay: init.constant([1], FIRST_DECAY),
+            threshold: settings.threshold,
+        }
+    }
+
+    /// Gates from normed states `[t, h]`.
+    pub fn forward(&self, z_th: Tensor<2>, cu_seqlens: &Arc<[u32]>) -> Gating {
+        let density_t1 = ops::semantic_density(z_th.clone(), sigmoid(self.decay.val()), cu_seqlens);
+        let from_density_tn = density_t1.clone() * self.density.val().unsqueeze::<2>();
+        let logits_tn = ops::linear(z_th, self.weight.val()) + from_density_tn + self.bias.val().unsqueeze::<2>();
+        Gating { logits_tn, density_t1, threshold: self.threshold }
+    }
+}
+
+impl Gating {
+    /// Head outputs `[t, n_q·d]` times their gates.
+    pub fn apply(&self, heads: Tensor<2>) -> Tensor<2> {
+        ops::gate_heads(heads, self.logits_tn.clone(), self.threshold)
+    }
+
+    /// Which heads are active, `[t, n_q]` row by row.
+    pub fn active(&self) -> Vec<bool> {
+        ops::host_f32(&self.logits_tn).into_iter().map(|logit| head_gates::gate(logit) >= self.threshold as f32).collect()
+    }
+
+    /// Share of the heads that are active, over all tokens.
+    pub fn active_share(&self) -> f64 {
+        let active = self.active();
+        active.iter().filter(|active| **active).count() as f64 / active.len().max(1) as f64
+    }
+
+    /// (share of active heads − target)², `[1]`, on the tape: the gradient takes a head to be as active as its gate is open.
+    pub fn regulariser(&self, target: f64) -> Tensor<1> {
+        let [tokens, heads] = self.logits_tn.dims();
+        let active = self.active().into_iter().map(|active| f32::from(u8::from(active))).collect::<Vec<_>>();
+        let active_tn = Tensor::<2>::from_data(TensorData::new(active, [tokens, heads]), &self.logits_tn.device());
+        let gates_tn = sigmoid(self.logits_tn.clone());
+        let straight_tn = gates_tn.clone() - gates_tn.detach() + active_tn;
+        (straight_tn.mean() - target).square()
+    }
+
+    /// Pearson correlation of a token's density with the number of its active heads; `None` where one of them never changes.
+    pub fn correlation(&self) -> Option<f64> {
+        let density = ops::host_f32(&self.density_t1);
+        let active = self.active();
+        let heads = active.len() / density.len().max(1);
+        let counts = active.chunks(heads.max(1)).map(|row| row.iter().filter(|active| **active).count() as f64);
+        correlation(&density.iter().map(|&d| f64::from(d)).collect::<Vec<_>>(), &counts.collect::<Vec<_>>())
+    }
+}
+
+fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
+    let n = a.len() as f64;
+    let (mean_a, mean_b) = (a.iter().sum::<f64>() / n, b.iter().sum::<f64>() / n);
+    let sum = |f: &dyn Fn(f64, f64) -> f64| a.iter().zip(b).map(|(a, b)| f(a - mean_a, b - mean_b)).sum::<f64>();
+    let (ab, aa, bb) = (sum(&|a, b| a * b), sum(&|a, _| a * a), sum(&|_, b| b * b));
+    (aa > 0.0 && bb > 0.0).then(|| ab / (aa * bb).sqrt())
+}
+
+/// In these very steps, so that a layer that is computed again for its gradients comes to the same bits on the tape and off it.
+fn sigmoid<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    (x.neg().exp() + 1.0).recip()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn correlation_is_pearsons() {
+        assert!((correlation(&[1.0, 2.0, 3.0], &[2.0, 4.0, 6.0]).unwrap() - 1.0).abs() < 1e-12);
+        assert!((correlation(&[1.0, 2.0, 3.0, 4.0], &[1.0, 3.0, 2.0, 4.0]).unwrap() - 0.8).abs() < 1e-12);
+        assert_eq!(correlation(&[1.0, 2.0], &[3.0, 3.0]), None);
+    }
+}
