@@ -16,6 +16,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ IGNORE = -100
 ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 MTP_LAMBDA = 0.1
 TOKEN_MARGIN, ROUTER_GAP, GATE_GAP = 5e-3, 5e-5, 2e-5
-ROUTER_GAPS = {"moe_k6": 2e-5}  # 16 scores around 30 lie close; one step of float32 there is 1.9e-6
+ROUTER_GAPS = {"moe_k6": 2e-5, "moe_gated_paragraphs": 2e-5}  # 16 scores around 30 lie close; one step of float32 there is 1.9e-6
 CORRECTION_BIAS = ".moe_statics.e_score_correction_bias"
 
 DENSE = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -63,7 +64,16 @@ CONFIGS = {
     "dense_gated": DENSE | dict(num_key_value_heads=2, ernie_rs={"context_gate": {"threshold": 0.5}}),
     "moe_gated_local": MOE | dict(num_hidden_layers=2, ernie_rs={
         "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "context_gate": {"threshold": 0.4}}),
+    # Paragraphs have 32 tokens at least, so these rows are longer (LENGTHS).
+    "dense_paragraphs": DENSE | dict(num_key_value_heads=2, num_hidden_layers=3, ernie_rs={
+        "layer_types": ["sliding_attention", "paragraph_attention", "paragraph_attention"], "sliding_window": 5,
+        "paragraphs": {"end_tokens": list(range(10, 25)), "min_tokens": 32, "max_tokens": 40}}),
+    "moe_gated_paragraphs": MOE | dict(ernie_rs={
+        "layer_types": ["full_attention", "paragraph_attention", "sliding_attention"], "sliding_window": 4,
+        "paragraphs": {"end_tokens": [7, 70], "min_tokens": 33, "max_tokens": 45}, "context_gate": {"threshold": 0.4}}),
 }
+# Length of the rows and of the prompt, and of the packed row's documents, where they are not the usual ones.
+LENGTHS = {"dense_paragraphs": (90, 70, [37, 1, 52]), "moe_gated_paragraphs": (80, 66, [79, 1])}
 PACKED_GRADIENTS = {"dense_untied_gqa", "moe_k2"}
 
 
@@ -130,6 +140,49 @@ class ContextGate(torch.nn.Module):
         return g + (torch.where(g >= self.threshold, g, torch.zeros_like(g)) - g).detach()  # straight through
 
 
+class ParagraphPool(torch.nn.Module):
+    """Vectors that weigh the tokens of a paragraph for its summary."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(config.num_key_value_heads, config.head_dim))
+
+
+def paragraphs_of(ids, rule):
+    """The number of each token's paragraph."""
+    numbers, number, length = [], 0, 0
+    for token in ids.tolist():
+        numbers.append(number)
+        length += 1
+        if length >= rule["max_tokens"] or length >= rule["min_tokens"] and token in rule["end_tokens"]:
+            number, length = number + 1, 0
+    return torch.tensor(numbers)
+
+
+def paragraph_attention(self, hidden_states, position_embeddings, attention_mask=None, **_):
+    """Causal attention inside a paragraph, and to one summary of each earlier one: its keys (before rotation) and values, weighted by
+    softmax(u k / sqrt(d)), the key then rotated as the paragraph's last token is."""
+    batch, t, _ = hidden_states.shape
+    heads = lambda projection: projection(hidden_states).view(batch, t, -1, self.head_dim).transpose(1, 2)
+    q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+    (cos, sin), rotate = position_embeddings, sys.modules[type(self).__module__].apply_rotary_pos_emb
+    scale, outs = self.head_dim**-0.5, []
+    for row in range(batch):
+        number = paragraphs_of(self.ids[row], self.rule)
+        last = torch.tensor([(number == n).nonzero().max() for n in range(number.max() + 1)])
+        turn = lambda x, at: rotate(x[None], x[None], cos[:1, at], sin[:1, at])[0][0]
+        own = number[None] == torch.arange(len(last))[:, None]  # [paragraphs, t]
+        weights = ((k[row] * self.paragraph_pool.weight[:, None]).sum(-1)[:, None] * scale).masked_fill(~own, -torch.inf).softmax(-1)
+        keys = torch.cat([turn(weights @ k[row], last), turn(k[row], torch.arange(t))], 1)
+        values = torch.cat([weights @ v[row], v[row]], 1)
+        group = q.shape[1] // k.shape[1]
+        scores = turn(q[row], torch.arange(t)) @ keys.repeat_interleave(group, 0).transpose(1, 2) * scale
+        causal = torch.ones(t, t, dtype=torch.bool).tril() & (number[:, None] == number[None])
+        seen = torch.cat([torch.arange(len(last))[None] < number[:, None], causal], 1)
+        outs.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values.repeat_interleave(group, 0)).transpose(0, 1).flatten(1))
+    return self.o_proj(torch.stack(outs)), None
+
+
 def add_mechanisms(model, own):
     """What the released networks do not have, hung into transformers' own layers."""
 
@@ -148,9 +201,18 @@ def add_mechanisms(model, own):
         heads, gates = arguments[0], projection.__dict__.pop("gates")
         return (heads.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(-2)
 
+    def keep_ids(decoder, arguments, named):
+        for layer in decoder.layers:
+            layer.self_attn.ids = named["input_ids"]
+
+    model.model.register_forward_pre_hook(keep_ids, with_kwargs=True)
     for index, layer in enumerate(model.model.layers):
         if own.get("layer_types", [])[index:index + 1] == ["sliding_attention"]:
             layer.self_attn.register_forward_pre_hook(narrow, with_kwargs=True)
+        if own.get("layer_types", [])[index:index + 1] == ["paragraph_attention"]:
+            layer.self_attn.paragraph_pool = ParagraphPool(model.config)
+            layer.self_attn.rule = own["paragraphs"]
+            layer.self_attn.forward = MethodType(paragraph_attention, layer.self_attn)
         if "context_gate" in own:
             layer.self_attn.context_gate = ContextGate(model.config)
             layer.self_attn.register_forward_pre_hook(keep_input, with_kwargs=True)
@@ -160,6 +222,11 @@ def add_mechanisms(model, own):
 def gate_gap(model):
     """How near the threshold any gate has been."""
     return min([m.gap for m in model.modules() if isinstance(m, ContextGate)], default=float("inf"))
+
+
+def remembers(model):
+    """Whether a layer needs all of a text's states for the next token's, which transformers' cache does not keep."""
+    return any(isinstance(m, (ContextGate, ParagraphPool)) for m in model.modules())
 
 
 def build(settings):
@@ -194,6 +261,8 @@ def fill(model, seed):
             normal(p, 0.0, 0.3)
         elif name.endswith("mlp.gate.weight"):
             normal(p, 0.0, 0.1)
+        elif "paragraph_pool" in name:
+            normal(p, 0.0, 1.0)
         else:
             normal(p, 0.0, 0.2)
     return g
@@ -275,11 +344,11 @@ def loss_and_gradients(model, tokens):
     return {k: v.detach() for k, v in out.items()}, gradients(model)
 
 
-def packed(model, row):
+def packed(model, row, documents):
     """Documents run apart, then laid side by side: what attention that never crosses a document must give."""
     model.zero_grad(set_to_none=True)
     targets, logits = [], []
-    for document in row.split(DOCUMENTS):
+    for document in row.split(documents):
         targets.append(torch.cat([document[1:], torch.tensor([IGNORE])]))
         logits.append(model(input_ids=document[None], use_cache=False).logits[0])
     targets, logits = torch.cat(targets), torch.cat(logits)
@@ -334,8 +403,9 @@ def largest_relative(a, b):
 def golden(model, generator, name):
     vocab = model.config.vocab_size
     # Never the padding id 0, whose embedding gets no gradient in torch, nor the ids of begin and end.
-    tokens = torch.randint(3, vocab, (BATCH, LENGTH + 1), generator=generator)
-    prompt = torch.randint(3, vocab, (PROMPT,), generator=generator)
+    length, prompt_length, documents = LENGTHS.get(name, (LENGTH, PROMPT, DOCUMENTS))
+    tokens = torch.randint(3, vocab, (BATCH, length + 1), generator=generator)
+    prompt = torch.randint(3, vocab, (prompt_length,), generator=generator)
     moe = hasattr(model.config, "moe_k")
     smallest_gap = ROUTER_GAPS.get(name, ROUTER_GAP)
 
@@ -347,7 +417,7 @@ def golden(model, generator, name):
         new_tokens, margin = greedy(model, prompt)
         require(2 not in new_tokens and len(set(new_tokens)) >= 6, f"dull greedy tokens {new_tokens}")
         require(margin > TOKEN_MARGIN, f"greedy margin {margin}")
-        targets, packed_logits, packed_losses, packed_loss, packed_grads = packed(model, tokens[0, :-1])
+        targets, packed_logits, packed_losses, packed_loss, packed_grads = packed(model, tokens[0, :-1], documents)
         require(min(seen["gap"]) > smallest_gap, f"router gap {min(seen['gap'])}")
     losses, training_gap = train(model, tokens)
     require(gate_gap(model) > GATE_GAP, f"a gate within {gate_gap(model)} of its threshold")
@@ -355,7 +425,7 @@ def golden(model, generator, name):
     changed = sum(a != b for a, b in zip(seen["chosen"], seen["without_bias"])) / max(1, len(seen["chosen"]))
     require(not moe or changed > 0.2, f"the correction bias changes only {changed} of the choices")
     out, grads = loss_and_gradients(model, tokens)
-    token_losses = cross_entropy(out["logits"], tokens[:, 1:], reduction="none").reshape(BATCH, LENGTH)
+    token_losses = cross_entropy(out["logits"], tokens[:, 1:], reduction="none").reshape(BATCH, length)
     require(losses[-1] < losses[0] - 0.05, f"training does not learn: {losses}")
     require(out["logits"].std() > 0.5, "flat logits")
 
@@ -363,10 +433,10 @@ def golden(model, generator, name):
     library = model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
     assert abs(library - out.get("main_loss", out["loss"]).item()) < 1e-5, (library, out["loss"])
     model.eval()
-    generated = model.generate(prompt[None], attention_mask=torch.ones(1, PROMPT, dtype=torch.long), do_sample=False, max_new_tokens=NEW_TOKENS,
-                               use_cache=gate_gap(model) == float("inf"))  # gates remember a text only as long as they see all of it
+    generated = model.generate(prompt[None], attention_mask=torch.ones(1, prompt_length, dtype=torch.long), do_sample=False, max_new_tokens=NEW_TOKENS,
+                               use_cache=not remembers(model))
     model.train()
-    assert generated[0, PROMPT:].tolist() == new_tokens
+    assert generated[0, prompt_length:].tolist() == new_tokens
 
     # Well conditioned: in float64 (norms, rope and router stay in float32 inside) the same to far below the tests' tolerances.
     wide = copy.deepcopy(model).double()
@@ -391,7 +461,7 @@ def golden(model, generator, name):
         "adamw": ADAMW | {"losses": losses[:-1], "loss_after": losses[-1], "decayed": matrices, "not_decayed": vectors,
                           "frozen": sorted(set(parameters(model)) - set(grads))},
         "greedy": {"prompt": prompt.tolist(), "tokens": new_tokens, "min_margin": margin},
-        "packed": {"ids": tokens[0, :-1].tolist(), "lengths": DOCUMENTS, "targets": targets.tolist(), "loss": packed_loss},
+        "packed": {"ids": tokens[0, :-1].tolist(), "lengths": documents, "targets": targets.tolist(), "loss": packed_loss},
         "float64_difference": errors,
     }
     if moe:

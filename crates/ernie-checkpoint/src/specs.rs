@@ -76,6 +76,10 @@ pub(crate) fn tensor_specs(config: &Config) -> Vec<TensorSpec> {
             }
             _ => list.dense_layer(config, &name),
         }
+        if config.paragraphs(layer).is_some() {
+            let shape = vec![config.num_key_value_heads, config.head_dim];
+            list.push(format!("{name}.self_attn.paragraph_pool.weight"), shape, TensorRole::Router);
+        }
     }
     list.vector("model.norm.weight".into(), h);
     list.group = TensorGroup::Head;

@@ -55,7 +55,7 @@ impl Cost {
             }
         }
         let head = h * config.vocab_size as f64;
-        let (cache, windowed) = (model.cache_layout(), config.windowed_layers());
+        let (cache, windowed) = (model.cache_layout(), config.local_layers());
         Cost {
             linear_macs: shared + active_experts,
             head_macs: head,

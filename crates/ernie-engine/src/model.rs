@@ -179,7 +179,7 @@ impl Model {
 
     /// Whether there are layers that see a window only.
     pub(crate) fn has_windows(&self) -> bool {
-        self.config.windowed_layers() > 0
+        self.config.local_layers() > 0
     }
 
     /// Whether the checkpoint has a block that guesses the token after the next.

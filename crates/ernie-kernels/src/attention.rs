@@ -6,6 +6,7 @@
 //! log-sum-exp of each row (as FlashAttention does, arXiv 2205.14135), a block of keys at a time.
 
 mod panel;
+pub mod paragraphs;
 pub mod scalar;
 
 use std::ops::Range;

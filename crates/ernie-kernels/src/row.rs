@@ -50,6 +50,15 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// x += factor·y.
+    pub(crate) fn add_scaled<FMA>(x: &mut [f32], y: &[f32], factor: f32) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x = mul_add::<FMA>(factor, *y, *x);
+        }
+    }
+}
+
+simd_fn! {
     /// Σ a·b.
     pub(crate) fn dot<FMA>(a: &[f32], b: &[f32]) -> f32 {
         let mut sums = [0.0f32; LANES];

@@ -50,7 +50,7 @@ impl DecoderLayer {
             }
             _ => Self::dense(init, config),
         };
-        made.self_attn = made.self_attn.with_gates(init, config);
+        made.self_attn = made.self_attn.with_mechanisms(init, config, layer);
         made
     }
 
@@ -321,7 +321,12 @@ impl Ernie {
         let config = &self.config;
         let shape =
             attention::Shape { q_heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim };
-        let attention = AttentionContext { shape, cu_seqlens: batch.cu_seqlens.clone(), window: None, rope: self.rope.clone() };
+        let cu_seqlens = batch.cu_seqlens.clone();
+        let paragraphs = match &config.mechanisms.paragraphs {
+            Some(paragraphs) => paragraphs.bounds(&batch.ids, &cu_seqlens).into(),
+            None => cu_seqlens.clone(),
+        };
+        let attention = AttentionContext { shape, cu_seqlens, window: None, paragraphs, rope: self.rope.clone() };
         LayerContext { attention, precision: self.precision }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{AttentionKind, Config, Family, MoeConfig, VisionConfig};
+use super::{AttentionKind, Config, Family, MoeConfig, Paragraphs, VisionConfig};
 use crate::error::{Error, Result};
 
 /// Largest width, vocabulary, position or product of heads and head_dim.
@@ -109,10 +109,31 @@ fn check_mechanisms(c: &Checker<'_>, config: &Config) -> Result<()> {
         }
     };
     match (sliding, mechanisms.sliding_window) {
-        (true, None) => Err(c.error("ernie_rs.sliding_window", "a number of tokens, for the layers with sliding_attention", "null")),
-        (false, Some(window)) => Err(c.error("ernie_rs.sliding_window", "nothing, for no layer has sliding_attention", window)),
-        (_, Some(window)) => c.within("ernie_rs.sliding_window", window, 1..=MAX_SIZE),
-        (false, None) => Ok(()),
+        (true, None) => return Err(c.error("ernie_rs.sliding_window", "a number of tokens, for the layers with sliding_attention", "null")),
+        (false, Some(window)) => return Err(c.error("ernie_rs.sliding_window", "nothing, for no layer has sliding_attention", window)),
+        (_, Some(window)) => c.within("ernie_rs.sliding_window", window, 1..=MAX_SIZE)?,
+        (false, None) => {}
+    }
+    check_paragraphs(c, config)
+}
+
+fn check_paragraphs(c: &Checker<'_>, config: &Config) -> Result<()> {
+    let asked_for = (0..config.num_hidden_layers).any(|layer| config.attention_kind(layer) == AttentionKind::Paragraph);
+    match (&config.mechanisms.paragraphs, asked_for) {
+        (None, false) => Ok(()),
+        (None, true) => Err(c.error("ernie_rs.paragraphs", "where paragraphs end, for the layers with paragraph_attention", "null")),
+        (Some(_), false) => Err(c.error("ernie_rs.paragraphs", "nothing, for no layer has paragraph_attention", "an object")),
+        (Some(paragraphs), true) => {
+            c.within("ernie_rs.paragraphs.min_tokens", paragraphs.min_tokens, Paragraphs::LEAST..=MAX_SIZE)?;
+            c.within("ernie_rs.paragraphs.max_tokens", paragraphs.max_tokens, paragraphs.min_tokens..=MAX_SIZE)?;
+            match paragraphs.end_tokens.last() {
+                Some(&id) if id as usize >= config.vocab_size => {
+                    let expected = format!("token ids below {}", config.vocab_size);
+                    Err(c.error("ernie_rs.paragraphs.end_tokens", expected, id))
+                }
+                _ => Ok(()),
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 pub use counts::ParameterCounts;
-pub use mechanisms::{AttentionKind, ContextGate, Mechanisms};
+pub use mechanisms::{AttentionKind, ContextGate, Mechanisms, Paragraphs};
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -263,14 +263,14 @@ impl Config {
     }
 
     /// Bytes that one token adds to the key/value cache when an element takes `element_bytes` (2 for bf16): in layers that see everything, for
-    /// those of a window give it back ([`Config::kv_bytes_of_window`]).
+    /// those of a window give it back ([`Config::kv_bytes_of_window`]). The summaries of paragraphs, at most one for 32 tokens, are not counted.
     pub fn kv_bytes_per_token(&self, element_bytes: usize) -> u64 {
-        (self.num_hidden_layers - self.windowed_layers()) as u64 * self.kv_bytes_per_layer(element_bytes)
+        (self.num_hidden_layers - self.local_layers()) as u64 * self.kv_bytes_per_layer(element_bytes)
     }
 
-    /// Bytes of the keys and values of one text's windows, however long it is.
+    /// Bytes of the keys and values of one text's windows and of its last paragraph at its longest, however long the text is.
     pub fn kv_bytes_of_window(&self, element_bytes: usize) -> u64 {
-        let tokens: usize = (0..self.num_hidden_layers).filter_map(|layer| self.window(layer)).sum();
+        let tokens: usize = (0..self.num_hidden_layers).filter_map(|layer| self.reach(layer)).sum();
         tokens as u64 * self.kv_bytes_per_layer(element_bytes)
     }
 

@@ -294,6 +294,33 @@ fn unknown_keys_are_kept_in_order() {
     assert_eq!((&changed["n_embd"], &changed["zebra"], &changed["vocab_size"]), (&json!(128), &json!(7), &json!(100)));
 }
 
+/// What goes under `ernie_rs` of a model of three layers whose last attends to paragraphs.
+fn paragraphs(settings: Value) -> Value {
+    json!({"layer_types": ["full_attention", "full_attention", "paragraph_attention"], "paragraphs": settings})
+}
+
+#[test]
+fn paragraphs_end_at_line_breaks_and_where_they_are_too_long() {
+    let own = paragraphs(json!({"end_tokens": [9, 4, 9], "min_tokens": 32, "max_tokens": 40}));
+    let config = parse(&json!({"model_type": "ernie4_5", "num_hidden_layers": 3, "ernie_rs": own})).unwrap();
+    let read = config.mechanisms.paragraphs.as_ref().unwrap();
+    assert_eq!((&read.end_tokens[..], read.min_tokens, read.max_tokens), (&[4, 9][..], 32, 40));
+    assert_eq!((config.reach(1), config.reach(2), config.local_layers(), config.paragraph_layers()), (None, Some(40), 1, 1));
+    let written = config.to_json();
+    assert_eq!(parse(&written).unwrap().mechanisms, config.mechanisms);
+    let specs = config.tensor_specs();
+    let pools: Vec<_> = specs.iter().filter(|spec| spec.name.contains("paragraph_pool")).collect();
+    assert_eq!((pools.len(), &pools[0].name[..]), (1, "model.layers.2.self_attn.paragraph_pool.weight"));
+    assert_eq!(pools[0].shape, [config.num_key_value_heads, config.head_dim]);
+
+    // An end token that comes too early ends nothing; a document's end does.
+    let mut ids = vec![1; 150];
+    (ids[10], ids[35], ids[60]) = (9, 4, 9);
+    assert_eq!(read.bounds(&ids, &[0, 150]), [0, 36, 76, 116, 150]);
+    assert_eq!(read.bounds(&ids, &[0, 20, 20, 150]), [0, 20, 60, 100, 140, 150]);
+    assert_eq!(read.bounds(&[], &[0]), [0]);
+}
+
 #[test]
 fn mechanisms_are_read_checked_and_written() {
     let text = r#"{"model_type": "ernie4_5", "num_hidden_layers": 3, "ernie_rs": {"sliding_window": 64,
@@ -301,7 +328,7 @@ fn mechanisms_are_read_checked_and_written() {
     let source: Value = serde_json::from_str(text).unwrap();
     let mut config = parse(&source).unwrap();
     assert_eq!((0..3).map(|layer| config.window(layer)).collect::<Vec<_>>(), [Some(64), Some(64), None]);
-    assert_eq!((config.window(3), config.windowed_layers()), (None, 2));
+    assert_eq!((config.window(3), config.local_layers()), (None, 2));
     assert_eq!(config.kv_bytes_per_token(2), 2 * 2 * 128 * 2);
     assert_eq!(config.kv_bytes_of_window(2), 2 * 64 * 2 * 2 * 128 * 2);
     assert_eq!(config.to_json().to_string(), source.to_string());
@@ -325,6 +352,13 @@ fn mechanisms_are_read_checked_and_written() {
         (json!({"context_gate": {"threshold": 1.0}}), "ernie_rs.context_gate.threshold"),
         (json!({"context_gate": {"level": 0.1}}), "ernie_rs.context_gate.level"),
         (json!({"context_gate": true}), "ernie_rs.context_gate"),
+        (json!({"layer_types": vec!["paragraph_attention"; 3]}), "ernie_rs.paragraphs"),
+        (json!({"paragraphs": {}}), "ernie_rs.paragraphs"),
+        (paragraphs(json!({"min_tokens": 31})), "ernie_rs.paragraphs.min_tokens"),
+        (paragraphs(json!({"min_tokens": 100, "max_tokens": 99})), "ernie_rs.paragraphs.max_tokens"),
+        (paragraphs(json!({"end_tokens": [3, 103_424]})), "ernie_rs.paragraphs.end_tokens"),
+        (paragraphs(json!({"end_tokens": [-1]})), "ernie_rs.paragraphs.end_tokens"),
+        (paragraphs(json!({"ends": [1]})), "ernie_rs.paragraphs.ends"),
     ] {
         let mut object = source.clone();
         object["ernie_rs"] = own;

@@ -48,34 +48,47 @@ struct BackwardKeys {
 impl Keys {
     pub(super) fn for_forward(layer: &Layer<'_>, kv_head: usize, rows: Range<usize>) -> Self {
         let rotated = rotated(layer, layer.k(kv_head, rows.clone()), rows.start, 1.0);
-        let k = Packed::new(Mat::new(&rotated, rows.len(), layer.shape.head_dim), ONE);
-        let v_by_element = Some(Packed::new(layer.v(kv_head, rows.clone()).t(), ONE));
-        Keys { rows, k, v_by_element, backward: None }
+        Self::packed_for_forward(rows.clone(), Mat::new(&rotated, rows.len(), layer.shape.head_dim), layer.v(kv_head, rows))
+    }
+
+    /// Of rotated keys and of values, both `[n, d]`.
+    pub(super) fn packed_for_forward(rows: Range<usize>, k: Mat<'_>, v: Mat<'_>) -> Self {
+        Keys { rows, k: Packed::new(k, ONE), v_by_element: Some(Packed::new(v.t(), ONE)), backward: None }
     }
 
     pub(super) fn for_backward(layer: &Layer<'_>, kv_head: usize, rows: Range<usize>) -> Self {
-        let (n, d) = (rows.len(), layer.shape.head_dim);
         let rotated = rotated(layer, layer.k(kv_head, rows.clone()), rows.start, 1.0);
-        let k = Mat::new(&rotated, n, d);
+        Self::packed_for_backward(rows.clone(), Mat::new(&rotated, rows.len(), layer.shape.head_dim), layer.v(kv_head, rows))
+    }
+
+    /// Of rotated keys and of values, both `[n, d]`.
+    pub(super) fn packed_for_backward(rows: Range<usize>, k: Mat<'_>, v: Mat<'_>) -> Self {
+        let (n, d) = (k.rows(), k.cols());
         let width = d.next_multiple_of(COLS);
         let zeros = || {
             let mut sums = Scratch::take(n.next_multiple_of(ROWS) * width);
             sums.fill(0.0);
             sums
         };
-        let v = Packed::new(layer.v(kv_head, rows.clone()), ONE);
+        let v = Packed::new(v, ONE);
         let backward = BackwardKeys { v, k_by_element: Packed::new(k.t(), ONE), dk: zeros(), dv: zeros(), width };
         Keys { rows, k: Packed::new(k, ONE), v_by_element: None, backward: Some(backward) }
     }
 
+    /// Sums of the gradients of row `row`: of its rotated key, and of its value.
+    pub(super) fn gradients_of(&self, row: usize, d: usize) -> (&[f32], &[f32]) {
+        let sums = self.backward.as_ref().expect("keys made for the backward pass");
+        let place = row * sums.width..row * sums.width + d;
+        (&sums.dk[place.clone()], &sums.dv[place])
+    }
+
     /// Writes the sums of the gradients; so far dk is that of the rotated keys, and the gradient of a rotation is the rotation back.
     pub(super) fn write_gradients(&self, layer: &Layer<'_>, dk: &mut MatMut<'_>, dv: &mut MatMut<'_>) {
-        let sums = self.backward.as_ref().expect("keys made for the backward pass");
         for row in 0..self.rows.len() {
-            let place = row * sums.width..row * sums.width + layer.shape.head_dim;
-            dv.row_mut(row).copy_from_slice(&sums.dv[place.clone()]);
+            let (of_key, of_value) = self.gradients_of(row, layer.shape.head_dim);
+            dv.row_mut(row).copy_from_slice(of_value);
             let dk = dk.row_mut(row);
-            dk.copy_from_slice(&sums.dk[place]);
+            dk.copy_from_slice(of_key);
             layer.table.rotate_row(dk, self.rows.start + row - layer.start, true);
         }
     }
@@ -196,6 +209,75 @@ impl Panel {
         write_rows(&mut dq, &dq_by_element, &[layer.shape.scale(); QUERIES]);
         for (row, query) in self.queries.clone().enumerate() {
             layer.table.rotate_row(dq.row_mut(row), query - layer.start, true);
+        }
+    }
+}
+
+impl Panel {
+    /// Takes the first `n` of `keys`, all of which every query sees, into the panel's rows of out and lse.
+    pub(super) fn forward_more(&self, keys: &Keys, n: usize, mut out: MatMut<'_>, mut lse: MatMut<'_>) {
+        let d = out.row_mut(0).len();
+        let mut p = Scratch::take(n.next_multiple_of(ROWS) * QUERIES);
+        products(&mut p, &keys.k, 0..n, &self.by_element);
+        let p = &mut p[..n * QUERIES];
+        // Columns beyond the last query: any numbers, which no one reads.
+        let (mut maxima, mut sums) = ([0.0f32; QUERIES], [1.0f32; QUERIES]);
+        for query in 0..self.queries.len() {
+            maxima[query] = lse.row_mut(query)[0];
+        }
+        column_maxima(&mut maxima, p);
+        for query in 0..self.queries.len() {
+            sums[query] = (lse.row_mut(query)[0] - maxima[query]).exp();
+        }
+        let own = sums;
+        exponentials(p, &maxima);
+        column_sums(&mut sums, p);
+        let values = keys.v_by_element.as_ref().expect("keys made for the forward pass");
+        let mut out_by_element = Scratch::take(d.next_multiple_of(ELEMENTS) * QUERIES);
+        for from in (0..n).step_by(BLOCK_VALUES) {
+            let update = if from == 0 { Update::Set } else { Update::Add };
+            by_element_product(&mut out_by_element, values, from, &p[from * QUERIES..], BLOCK_VALUES.min(n - from), update);
+        }
+        let inverse = sums.map(|sum| 1.0 / sum);
+        let mut more = Scratch::take(self.queries.len() * d);
+        write_rows(&mut MatMut::new(&mut more, self.queries.len(), d), &out_by_element, &inverse);
+        for (query, more) in more.chunks_exact(d).enumerate() {
+            lse.row_mut(query)[0] = maxima[query] + sums[query].ln();
+            let share = own[query] * inverse[query];
+            for (out, more) in out.row_mut(query).iter_mut().zip(more) {
+                *out = *out * share + more;
+            }
+        }
+    }
+
+    /// Adds to the panel's rows of dq what reaches them through the first `n` of `keys`, and to `keys` the panel's part of their gradients.
+    pub(super) fn backward_more(&self, layer: &Layer<'_>, keys: &mut Keys, n: usize, saved: &Saved, mut dq: MatMut<'_>) {
+        let d = layer.shape.head_dim;
+        let rows = self.queries.len();
+        let mut dq_by_element = Scratch::take(d.next_multiple_of(ELEMENTS) * QUERIES);
+        let (mut p, mut ds) = (Scratch::take(BLOCK_KEYS * QUERIES), Scratch::take(BLOCK_KEYS * QUERIES));
+        let q = right_operand(Mat::new(&self.rows, rows, d));
+        let mut update = Update::Set;
+        for block in (0..n).step_by(BLOCK_KEYS).map(|start| start..(start + BLOCK_KEYS).min(n)) {
+            let padded = block.len().next_multiple_of(ROWS) * QUERIES;
+            let (p, ds) = (&mut p[..padded], &mut ds[..padded]);
+            self.scores(p, &keys.k, block.clone());
+            p[block.len() * QUERIES..].fill(f32::NEG_INFINITY);
+            let sums = keys.backward.as_mut().expect("keys made for the backward pass");
+            products(ds, &sums.v, block.clone(), &saved.dout_by_element);
+            score_gradients(p, ds, &saved.lse, &saved.delta);
+            add_by_key(&mut sums.dv, sums.width, block.start, p, &saved.dout);
+            add_by_key(&mut sums.dk, sums.width, block.start, ds, &q);
+            by_element_product(&mut dq_by_element, &sums.k_by_element, block.start, ds, block.len(), update);
+            update = Update::Add;
+        }
+        let mut more = Scratch::take(rows * d);
+        write_rows(&mut MatMut::new(&mut more, rows, d), &dq_by_element, &[layer.shape.scale(); QUERIES]);
+        for (row, more) in more.chunks_exact_mut(d).enumerate() {
+            layer.table.rotate_row(more, self.queries.start + row - layer.start, true);
+            for (dq, more) in dq.row_mut(row).iter_mut().zip(more.iter()) {
+                *dq += more;
+            }
         }
     }
 }

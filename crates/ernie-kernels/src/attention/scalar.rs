@@ -1,6 +1,7 @@
 //! Attention and its gradient by plain loops in f64, the whole row of scores at a time.
 #![allow(clippy::needless_range_loop)] // Indices as in the formulas.
 
+use super::paragraphs::Bounds;
 use super::{Mask, Shape};
 use crate::rope::RopeTable;
 use crate::rope::scalar::apply_interleaved;
@@ -73,6 +74,49 @@ pub fn backward(qkv: &[f64], dout: &[f64], mask: Mask<'_>, table: &RopeTable, sh
     let dk = apply_interleaved(&dk, table, shape.kv_heads, position, true);
     let rows = |x: &[f64], row: usize| x[row * x.len() / t..(row + 1) * x.len() / t].to_vec();
     (0..t).flat_map(|row| [rows(&dq, row), rows(&dk, row), rows(&dv, row)].concat()).collect()
+}
+
+/// See [`paragraphs::forward`](super::paragraphs::forward).
+pub fn paragraphs(qkv: &[f64], pool: &[f64], bounds: Bounds<'_>, table: &RopeTable, shape: Shape) -> Forward {
+    let positions = positions(bounds.cu_seqlens);
+    let d = shape.head_dim;
+    let scale = 1.0 / (d as f64).sqrt();
+    let [q, k, v] = split(qkv, shape);
+    let (q, turned) = rotated(&q, &k, &positions, table, shape);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut result = Forward { out: vec![0.0; q.len()], lse: vec![0.0; shape.q_heads * positions.len()] };
+    for head in 0..shape.q_heads {
+        let u = &pool[head / shape.group() * d..][..d];
+        // Keys and values of the summaries of the document's paragraphs so far.
+        let mut seen: Vec<(Vec<f64>, Vec<f64>)> = Vec::new();
+        for rows in bounds.paragraphs.windows(2).map(|bounds| bounds[0] as usize..bounds[1] as usize) {
+            if positions[rows.start] == 0 {
+                seen.clear();
+            }
+            for row in rows.clone() {
+                let q = &q[row * shape.q_width() + head * d..][..d];
+                let own = (rows.start..=row).map(|j| (kv_row(&turned, head, j, shape), kv_row(&v, head, j, shape)));
+                let all: Vec<(&[f64], &[f64])> = seen.iter().map(|(k, v)| (&k[..], &v[..])).chain(own).collect();
+                let weights: Vec<f64> = all.iter().map(|(k, _)| (dot(q, k) * scale).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                result.lse[row * shape.q_heads + head] = sum.ln();
+                for ((_, v), weight) in all.iter().zip(&weights) {
+                    for i in 0..d {
+                        result.out[row * shape.q_width() + head * d + i] += weight / sum * v[i];
+                    }
+                }
+            }
+            let weights: Vec<f64> = rows.clone().map(|row| (dot(u, kv_row(&k, head, row, shape)) * scale).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let pooled = |x: &[f64]| -> Vec<f64> {
+                let of = |i: usize| rows.clone().zip(&weights).map(|(row, a)| a / sum * kv_row(x, head, row, shape)[i]).sum();
+                (0..d).map(of).collect()
+            };
+            let last = positions[rows.end - 1] as usize;
+            seen.push((apply_interleaved(&pooled(&k), table, 1, |_| last, false), pooled(&v)));
+        }
+    }
+    result
 }
 
 /// Queries, keys and values apart.

@@ -35,6 +35,10 @@ fn mask(context: &AttentionContext) -> kernels::attention::Mask<'_> {
     kernels::attention::Mask { cu_seqlens: &context.cu_seqlens, window: context.window }
 }
 
+fn bounds(context: &AttentionContext) -> kernels::attention::paragraphs::Bounds<'_> {
+    kernels::attention::paragraphs::Bounds { cu_seqlens: &context.cu_seqlens, paragraphs: &context.paragraphs }
+}
+
 fn swiglu_linear(w: &X, precision: Precision) -> kernels::swiglu_linear::SwigluLinear<'_> {
     kernels::swiglu_linear::SwigluLinear { weights: slice(w), intermediate: dims::<2>(w)[1], precision }
 }
@@ -98,6 +102,9 @@ impl Fused for Flex {
     }
     fn fused_rope_attention(qkv: X, context: AttentionContext) -> X {
         <Self as FusedKernels>::rope_attention_kernel(&qkv, &context).0
+    }
+    fn fused_paragraph_attention(qkv: X, pool: X, context: AttentionContext) -> X {
+        <Self as FusedKernels>::paragraph_attention_kernel(&qkv, &pool, &context).0
     }
     fn fused_semantic_density(x: X, decay: X, cu_seqlens: Arc<[u32]>) -> X {
         <Self as FusedKernels>::semantic_density_kernel(&x, &decay, &cu_seqlens)
@@ -229,6 +236,26 @@ impl FusedKernels for Flex {
         });
         [qkv, out, dy].into_iter().for_each(recycle);
         dqkv
+    }
+
+    fn paragraph_attention_kernel(qkv: &X, pool: &X, context: &AttentionContext) -> (X, Arc<Vec<f32>>) {
+        let (qkv, pool) = (ordered(qkv), ordered(pool));
+        let ([t, _], heads) = (dims(&qkv), context.shape);
+        let (mut out, mut lse) = (buffer(t * heads.q_heads * heads.head_dim), buffer(t * heads.q_heads));
+        kernels::attention::paragraphs::forward(&mut out, &mut lse, slice(&qkv), slice(&pool), bounds(context), &context.rope, heads);
+        (tensor(out, [t, heads.q_heads * heads.head_dim]), Arc::new(lse))
+    }
+
+    fn paragraph_attention_gradient([qkv, pool]: [X; 2], out: X, lse: &[f32], context: &AttentionContext, dy: X) -> [X; 2] {
+        let (qkv, pool, dy) = (in_order(qkv), in_order(pool), in_order(dy));
+        let mut dpool = buffer(len(&pool));
+        let dqkv = filled(&qkv, |dqkv| {
+            let (qkv, pool, out, dy) = (slice(&qkv), slice(&pool), slice(&out), slice(&dy));
+            let (rope, heads) = (&context.rope, context.shape);
+            kernels::attention::paragraphs::backward(dqkv, &mut dpool, qkv, pool, out, lse, dy, bounds(context), rope, heads);
+        });
+        [qkv, out, dy].into_iter().for_each(recycle);
+        [dqkv, tensor(dpool, shape(&pool))]
     }
 
     fn semantic_density_kernel(x: &X, decay: &X, cu_seqlens: &[u32]) -> X {

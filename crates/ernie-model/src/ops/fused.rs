@@ -35,6 +35,7 @@ pub(super) trait Fused: Backend {
         precision: Precision,
     ) -> FloatTensor<Self>;
     fn fused_rope_attention(qkv: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self>;
+    fn fused_paragraph_attention(qkv: FloatTensor<Self>, pool: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self>;
     fn fused_semantic_density(x: FloatTensor<Self>, decay: FloatTensor<Self>, cu_seqlens: Arc<[u32]>) -> FloatTensor<Self>;
     fn fused_gate_heads(heads: FloatTensor<Self>, logits: FloatTensor<Self>, threshold: f64) -> FloatTensor<Self>;
     fn fused_routed_experts(
@@ -86,6 +87,18 @@ pub(super) trait FusedKernels: Backend {
         context: &AttentionContext,
         dy: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+    fn paragraph_attention_kernel(
+        qkv: &FloatTensor<Self>,
+        pool: &FloatTensor<Self>,
+        context: &AttentionContext,
+    ) -> (FloatTensor<Self>, Arc<Vec<f32>>);
+    fn paragraph_attention_gradient(
+        inputs: [FloatTensor<Self>; 2],
+        out: FloatTensor<Self>,
+        lse: &[f32],
+        context: &AttentionContext,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2];
     fn semantic_density_kernel(x: &FloatTensor<Self>, decay: &FloatTensor<Self>, cu_seqlens: &[u32]) -> FloatTensor<Self>;
     fn semantic_density_gradient(
         x: FloatTensor<Self>,

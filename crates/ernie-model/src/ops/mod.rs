@@ -27,6 +27,8 @@ pub struct AttentionContext {
     pub cu_seqlens: Arc<[u32]>,
     /// How many tokens back a token sees (itself included), if not its whole document.
     pub window: Option<usize>,
+    /// Bounds of the paragraphs inside the documents, `[0, …, t]`, for layers that attend to paragraphs; without such layers those of the documents.
+    pub paragraphs: Arc<[u32]>,
     /// Cosines and sines of the positions.
     pub rope: Arc<RopeTable>,
 }
@@ -166,6 +168,14 @@ pub fn rope_attention(qkv: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
         return plain::rope_attention(qkv, context);
     }
     Tensor::from_dispatch(Dispatch::fused_rope_attention(qkv.into_dispatch(), context.clone()))
+}
+
+/// The same with attention inside each paragraph and to a summary of each earlier one, pooled by `pool` `[n_kv, d]` (`ernie_kernels::attention::paragraphs`).
+pub fn paragraph_attention(qkv: Tensor<2>, pool: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+    if !runs_kernels(&qkv.device()) {
+        return plain::paragraph_attention(qkv, pool, context);
+    }
+    Tensor::from_dispatch(Dispatch::fused_paragraph_attention(qkv.into_dispatch(), pool.into_dispatch(), context.clone()))
 }
 
 /// `1 − cos(x_t, m_t)`, `[t, 1]`, m the moving sum of a document's rows with this decay, `[1]`.

@@ -63,12 +63,59 @@ pub fn rope_attention(qkv: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
     Tensor::cat(documents.collect(), 0)
 }
 
+/// Attention inside paragraphs and to summaries of those before, one document at a time with the full score matrix of its tokens and all its summaries.
+pub fn paragraph_attention(qkv: Tensor<2>, pool: Tensor<2>, context: &AttentionContext) -> Tensor<2> {
+    let (n_q, n_kv, d) = (context.shape.q_heads, context.shape.kv_heads, context.shape.head_dim);
+    let device = qkv.device();
+    let scale = 1.0 / (d as f64).sqrt();
+    let documents = context.cu_seqlens.windows(2).filter(|bounds| bounds[1] > bounds[0]).map(|document| {
+        let (start, length) = (document[0] as usize, (document[1] - document[0]) as usize);
+        let inside = |&&bound: &&u32| bound > document[0] && bound <= document[1];
+        let ends: Vec<usize> = context.paragraphs.iter().filter(inside).map(|&bound| bound as usize - start).collect();
+        let paragraph_of = |row: usize| ends.iter().filter(|&&end| end <= row).count();
+        let heads = |first: usize, n: usize| -> Tensor<3> {
+            qkv.clone().slice([start..start + length, first * d..(first + n) * d]).reshape([length, n, d]).swap_dims(0, 1)
+        };
+        let (q_nld, k_nld, v_nld) = (rope(heads(0, n_q), context), heads(n_q, n_kv), heads(n_q + n_kv, n_kv));
+        let mask = |hidden: Vec<bool>, columns: usize| -> Tensor<3, Bool> {
+            let rows = hidden.len() / columns;
+            Tensor::<2, Bool>::from_data(TensorData::new(hidden, [rows, columns]), &device).unsqueeze::<3>()
+        };
+        // Each paragraph's weights over all tokens of the document, 0 for those of others: `[n_kv, p, length]`.
+        let others = (0..ends.len() * length).map(|i| paragraph_of(i % length) != i / length).collect();
+        let logits_nl = (k_nld.clone() * pool.clone().reshape([n_kv, 1, d])).sum_dim(2).swap_dims(1, 2) * scale;
+        let weights_npl =
+            activation::softmax(logits_nl.repeat_dim(1, ends.len()).mask_fill(mask(others, length), f32::NEG_INFINITY), 2);
+        let last: Vec<usize> = ends.iter().map(|end| end - 1).collect();
+        let pooled_k = rope_at(weights_npl.clone().matmul(k_nld.clone()), &last, context);
+        let k_nsd = Tensor::cat(vec![rope(k_nld, context), pooled_k], 1);
+        let v_nsd = Tensor::cat(vec![v_nld.clone(), weights_npl.matmul(v_nld)], 1);
+        let (k_nsd, v_nsd) = (repeat_heads(k_nsd, n_q / n_kv), repeat_heads(v_nsd, n_q / n_kv));
+        let columns = length + ends.len();
+        let hides = |row: usize, column: usize| match column.checked_sub(length) {
+            None => column > row || paragraph_of(column) != paragraph_of(row),
+            Some(paragraph) => paragraph >= paragraph_of(row),
+        };
+        let hidden = (0..length * columns).map(|i| hides(i / columns, i % columns)).collect();
+        let scores_nls = q_nld.matmul(k_nsd.swap_dims(1, 2)) * scale;
+        let p_nls = activation::softmax(scores_nls.mask_fill(mask(hidden, columns), f32::NEG_INFINITY), 2);
+        p_nls.matmul(v_nsd).swap_dims(0, 1).reshape([length, n_q * d])
+    });
+    Tensor::cat(documents.collect(), 0)
+}
+
 /// Rotates the pairs (2j, 2j+1) of `x_nld` by its position times θ^(−2j/d).
 fn rope(x_nld: Tensor<3>, context: &AttentionContext) -> Tensor<3> {
+    let positions: Vec<usize> = (0..x_nld.dims()[1]).collect();
+    rope_at(x_nld, &positions, context)
+}
+
+/// The same for rows at these positions.
+fn rope_at(x_nld: Tensor<3>, positions: &[usize], context: &AttentionContext) -> Tensor<3> {
     let [n, length, d] = x_nld.dims();
     let table = |values: &[f32]| -> Tensor<3> {
-        let data = TensorData::new(values[..length * d / 2].to_vec(), [1, length, d / 2]);
-        Tensor::from_data(data, &x_nld.device())
+        let rows = positions.iter().flat_map(|&position| values[position * d / 2..(position + 1) * d / 2].to_vec()).collect::<Vec<_>>();
+        Tensor::from_data(TensorData::new(rows, [1, length, d / 2]), &x_nld.device())
     };
     let (cos, sin) = (table(&context.rope.cos), table(&context.rope.sin));
     let pairs: Tensor<4> = x_nld.clone().reshape([n, length, d / 2, 2]);

@@ -60,6 +60,9 @@ backward!(SwigluLinearAdd, 3, (Pair<B>, Precision), |(gate_up_w, precision), dy|
 backward!(RopeAttention, 1, (FloatTensor<B>, FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(qkv, out, lse, context), dy| {
     [B::rope_attention_gradient(qkv, out, &lse, &context, dy)]
 });
+backward!(ParagraphAttention, 2, (Pair<B>, FloatTensor<B>, Arc<Vec<f32>>, AttentionContext), |(inputs, out, lse, context), dy| {
+    B::paragraph_attention_gradient(inputs, out, &lse, &context, dy)
+});
 backward!(SemanticDensity, 2, (Pair<B>, Arc<[u32]>), |([x, decay], cu_seqlens), dd| {
     B::semantic_density_gradient(x, decay, &cu_seqlens, dd)
 });
@@ -154,6 +157,13 @@ impl<B: FusedKernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         let (y, lse) = B::rope_attention_kernel(&qkv, &context);
         let out = y.clone();
         record::<B, C, _, 1>(RopeAttention, [node], y, || (qkv, out, lse, context))
+    }
+
+    fn fused_paragraph_attention(qkv: FloatTensor<Self>, pool: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self> {
+        let ((qkv, qkv_node), (pool, pool_node)) = (qkv.into_parts(), pool.into_parts());
+        let (y, lse) = B::paragraph_attention_kernel(&qkv, &pool, &context);
+        let out = y.clone();
+        record::<B, C, _, 2>(ParagraphAttention, [qkv_node, pool_node], y, || ([qkv, pool], out, lse, context))
     }
 
     fn fused_semantic_density(x: FloatTensor<Self>, decay: FloatTensor<Self>, cu_seqlens: Arc<[u32]>) -> FloatTensor<Self> {

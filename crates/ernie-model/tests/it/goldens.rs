@@ -47,7 +47,7 @@ impl Golden {
 
     fn model(&self) -> Ernie {
         let mut model = Ernie::load(&Checkpoint::open(&self.dir).unwrap(), &ernie_model::training_device()).unwrap();
-        model.reserve_positions(64);
+        model.reserve_positions(96);
         model
     }
 
@@ -168,7 +168,7 @@ fn recomputed_gradients_equal_those_of_one_tape() {
             for (name, expected) in &expected {
                 let difference = gradients[name].iter().zip(expected).map(|(a, b)| a - b).collect::<Vec<_>>();
                 let error = norm(&difference) / norm(expected).max(floor);
-                let tolerance = if precision == Precision::F32 { 1e-6 } else { 0.1 };
+                let tolerance = if precision == Precision::F32 { 3e-6 } else { 0.1 };
                 assert!(error <= tolerance, "{} in {precision:?}: gradient of {name} is off by {error:e}", golden.name);
             }
         }

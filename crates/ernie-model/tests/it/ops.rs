@@ -65,6 +65,7 @@ fn attention_over_packed_documents_and_grouped_heads() {
             shape: Shape { q_heads, kv_heads, head_dim },
             cu_seqlens: cu_seqlens.into(),
             window: None,
+            paragraphs: [0].into(),
             rope: Arc::new(RopeTable::new(500_000.0, head_dim, tokens)),
         };
         let qkv = random([tokens, (q_heads + 2 * kv_heads) * head_dim]);
@@ -73,6 +74,27 @@ fn attention_over_packed_documents_and_grouped_heads() {
             let run = |f: fn(Tensor<2>, &AttentionContext) -> Tensor<2>| f(qkv.clone(), &context);
             agree("attention", run(ops::rope_attention), run(plain::rope_attention), &[&qkv], &[]);
         }
+    }
+}
+
+#[test]
+fn attention_inside_paragraphs_and_to_their_summaries() {
+    let texts: [(&[u32], &[u32]); 3] =
+        [(&[0, 33], &[0, 33]), (&[0, 1, 17, 18, 70], &[0, 1, 9, 17, 18, 40, 41, 65, 70]), (&[0, 120, 200], &[0, 35, 90, 120, 150, 200])];
+    for ((q_heads, kv_heads, head_dim), (cu_seqlens, paragraphs)) in [(4, 4, 8), (6, 2, 6), (3, 1, 10)].into_iter().zip(texts) {
+        let tokens = *cu_seqlens.last().unwrap() as usize;
+        let context = AttentionContext {
+            shape: Shape { q_heads, kv_heads, head_dim },
+            cu_seqlens: cu_seqlens.into(),
+            window: None,
+            paragraphs: paragraphs.into(),
+            rope: Arc::new(RopeTable::new(500_000.0, head_dim, tokens)),
+        };
+        let (qkv, pool) = (random([tokens, (q_heads + 2 * kv_heads) * head_dim]), random([kv_heads, head_dim]));
+        // Where no document has a second paragraph nothing reaches the pooling vectors.
+        let inputs = if paragraphs == cu_seqlens { vec![&qkv] } else { vec![&qkv, &pool] };
+        let run = |f: fn(Tensor<2>, Tensor<2>, &AttentionContext) -> Tensor<2>| f(qkv.clone(), pool.clone(), &context);
+        agree("paragraphs", run(ops::paragraph_attention), run(plain::paragraph_attention), &inputs, &[]);
     }
 }
 

@@ -21,10 +21,10 @@ const EPS: f64 = 1e-5;
 fn config(moe: bool) -> Config {
     let mut json = serde_json::json!({
         "model_type": "ernie4_5", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 6, "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": EPS,
+        "num_key_value_heads": 2, "head_dim": 6, "hidden_act": "silu", "max_position_embeddings": 96, "rms_norm_eps": EPS,
         "rope_theta": 10000.0, "use_bias": false, "tie_word_embeddings": false, "initializer_range": 0.2,
-        "ernie_rs": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 9,
-            "context_gate": {"threshold": 0.86}}
+        "ernie_rs": {"layer_types": ["sliding_attention", "full_attention", "paragraph_attention"], "sliding_window": 9,
+            "paragraphs": {"end_tokens": [7, 60], "min_tokens": 32, "max_tokens": 40}, "context_gate": {"threshold": 0.86}}
     });
     if moe {
         let more = serde_json::json!({
@@ -61,7 +61,8 @@ fn plain_loss(model: &Ernie, batch: &PackedBatch) -> Tensor<1> {
         shape: Shape { q_heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim },
         cu_seqlens: batch.cu_seqlens.clone(),
         window: None,
-        rope: Arc::new(RopeTable::new(config.rope_theta, config.head_dim, 64)),
+        paragraphs: config.mechanisms.paragraphs.as_ref().unwrap().bounds(&batch.ids, &batch.cu_seqlens).into(),
+        rope: Arc::new(RopeTable::new(config.rope_theta, config.head_dim, 96)),
     };
     let mut x_th = plain::embedding(model.model.embed_tokens.weight.val(), &batch.ids);
     for (index, layer) in model.model.layers.iter().enumerate() {
@@ -73,7 +74,11 @@ fn plain_loss(model: &Ernie, batch: &PackedBatch) -> Tensor<1> {
         let density = plain::semantic_density(z_th.clone(), activation::sigmoid(gate.decay.val()), &batch.cu_seqlens);
         let bias = gate.bias.val().unsqueeze::<2>();
         let logits = plain::linear(z_th, gate.weight.val()) + density * gate.density.val().unsqueeze::<2>() + bias;
-        let heads = plain::gate_heads(plain::rope_attention(qkv, &context), logits, config.mechanisms.context_gate.unwrap().threshold);
+        let attended = match &attention.paragraph_pool {
+            Some(pool) => plain::paragraph_attention(qkv, pool.weight.val(), &context),
+            None => plain::rope_attention(qkv, &context),
+        };
+        let heads = plain::gate_heads(attended, logits, config.mechanisms.context_gate.unwrap().threshold);
         x_th = plain::linear_add(x_th, heads, attention.o_proj.weight.val());
         x_th = match &layer.mlp {
             FeedForward::Dense(dense) => mlp(x_th.clone(), x_th, &layer.post_attention_layernorm, dense),
@@ -89,11 +94,11 @@ fn plain_loss(model: &Ernie, batch: &PackedBatch) -> Tensor<1> {
 
 #[test]
 fn a_whole_step_equals_the_plain_operators() {
-    let documents: Vec<Vec<u32>> = [33, 1, 20].iter().map(|n| (0..*n).map(|i| (i * 7 + n) % 61).collect()).collect();
+    let documents: Vec<Vec<u32>> = [75, 1, 20].iter().map(|n| (0..*n).map(|i| (i * 7 + n) % 61).collect()).collect();
     let batch = PackedBatch::from_documents(documents.iter().map(Vec::as_slice));
     for with_experts in [false, true] {
         let mut model = Ernie::init(&config(with_experts), &ernie_model::training_device(), 3);
-        model.reserve_positions(64);
+        model.reserve_positions(96);
         let fused = model.loss(&batch, &LossWeights::default()).total;
         let plain = plain_loss(&model, &batch);
         let (a, b) = (ops::scalar(&fused), ops::scalar(&plain));
