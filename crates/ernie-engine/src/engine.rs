@@ -13,6 +13,7 @@ use crate::drafts::{DraftOptions, Drafter};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
 use crate::model::Model;
+use crate::paragraphs::Ends;
 use crate::runner::Runner;
 use crate::sampler::{Sampler, SamplingParams};
 use crate::scheduler::{Plan, Scheduler, SchedulerOptions, SequenceId, Stats, WindowOptions};
@@ -173,6 +174,7 @@ struct Active {
     logprobs: bool,
     sampler: Sampler,
     drafter: Drafter,
+    paragraphs: Ends,
     /// What the model's own prediction block guesses for the token after the next.
     predicted: Option<u32>,
 }
@@ -204,6 +206,9 @@ impl Engine {
         // Lists of blocks grow while sequences do; up to a size that is not worth mentioning they need not.
         let listed = options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)).min(1 << 16);
         runner.work.spans.full.reserve(listed);
+        if config.mechanisms.paragraphs.is_some() {
+            runner.work.spans.paragraphs.reserve(options.max_batch_size, listed);
+        }
         let mut plan = Plan::default();
         plan.blocks.reserve(listed);
         if windows.is_some() {
@@ -249,8 +254,19 @@ impl Engine {
         let prompt_tokens = request.prompt.len();
         self.scheduler.submit(id, request.prompt, request.params.max_tokens)?;
         self.next_id += 1;
-        let (params, logprobs, drafter) = (request.params, request.logprobs, Drafter::new(self.options.drafts));
-        self.requests.insert(id, Active { prompt_tokens, output_tokens: 0, params, logprobs, sampler, drafter, predicted: None });
+        let drafter = Drafter::new(self.options.drafts);
+        let longest = if self.model.config().mechanisms.paragraphs.is_some() { self.max_len() } else { 0 };
+        let active = Active {
+            prompt_tokens,
+            output_tokens: 0,
+            params: request.params,
+            logprobs: request.logprobs,
+            sampler,
+            drafter,
+            paragraphs: Ends::with_capacity(longest),
+            predicted: None,
+        };
+        self.requests.insert(id, active);
         Ok(id)
     }
 
@@ -300,6 +316,14 @@ impl Engine {
             if self.model.has_windows() {
                 let blocks = &self.plan.window_blocks[item.window_blocks.clone()];
                 work.spans.windowed.push_from(item.tokens.len(), item.start, item.gone, blocks);
+            }
+            if let Some(rule) = &self.model.config().mechanisms.paragraphs
+                && let (Some(request), Some(tokens)) = (self.requests.get_mut(&item.id), self.scheduler.tokens(item.id))
+            {
+                request.paragraphs.follow(rule, tokens);
+                let guesses = &self.plan.tokens[item.tokens.end - item.drafts..item.tokens.end];
+                let (last, blocks) = (item.start + item.tokens.len(), &self.plan.blocks[item.blocks.clone()]);
+                request.paragraphs.push_to(&mut work.spans.paragraphs, rule, guesses, item.start, last, blocks);
             }
             work.wanted.extend((item.tokens.end - item.samples) as u32..item.tokens.end as u32);
         }

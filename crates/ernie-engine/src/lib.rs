@@ -23,6 +23,7 @@ mod gates;
 mod generate;
 mod model;
 mod moe;
+mod paragraphs;
 mod random;
 mod runner;
 mod sampler;

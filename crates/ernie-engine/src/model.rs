@@ -20,7 +20,7 @@ use ernie_kernels::int8::{self, Rows8};
 use ernie_kernels::paged::{self, KvDtype};
 use ernie_kernels::rope::RopeTable;
 
-use crate::cache::{Cache, CacheLayout, LayerCache};
+use crate::cache::{Cache, CacheLayout, LayerCache, LayerPast};
 use crate::error::{Error, Result};
 use crate::gates::Gates;
 use crate::moe::Moe;
@@ -77,6 +77,8 @@ struct Attention {
     qkv: Linear,
     o: Linear,
     gates: Option<Gates>,
+    /// `[n_kv, d]`: what weighs a paragraph's tokens for its summary, in layers that attend to paragraphs.
+    paragraph_pool: Option<Vec<f32>>,
 }
 
 #[derive(Debug)]
@@ -142,6 +144,11 @@ impl Model {
                     let gates = Gates::load(&load, &config, &format!("{prefix}.self_attn.context_gate"), settings, layer)?;
                     loaded.attention.gates = Some(gates);
                 }
+                if config.paragraphs(layer).is_some() {
+                    let shape = [config.num_key_value_heads, config.head_dim];
+                    loaded.attention.paragraph_pool =
+                        Some(load.f32(&format!("{prefix}.self_attn.paragraph_pool.weight"), &shape)?);
+                }
                 Ok(loaded)
             })
             .collect::<Result<_>>()?;
@@ -177,7 +184,7 @@ impl Model {
         self.config.mechanisms.context_gate.is_some()
     }
 
-    /// Whether there are layers that see a window only.
+    /// Whether there are layers that see a window or their paragraph only.
     pub(crate) fn has_windows(&self) -> bool {
         self.config.local_layers() > 0
     }
@@ -369,7 +376,7 @@ impl Attention {
         let (q, k) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let qkv = [("q_proj", q), ("k_proj", k), ("v_proj", k)].map(|(name, n)| (format!("{prefix}.{name}"), n));
         let (qkv, o) = (load.linear(&qkv, h, bias)?, load.linear(&[(format!("{prefix}.o_proj"), h)], q, bias)?);
-        Ok(Attention { qkv, o, gates: None })
+        Ok(Attention { qkv, o, gates: None, paragraph_pool: None })
     }
 
     /// x += attention(rms_norm(x)): causal self-attention with grouped query heads; rotary embedding over interleaved pairs.
@@ -395,11 +402,14 @@ impl Attention {
         qkv.resize(t * (q + 2 * k), 0.0);
         self.qkv.forward(pool, qkv, Input { values: normed_th, rows }, false);
         let qkv = Mat::new(qkv, t, q + 2 * k);
-        let LayerCache { kv, spans, layer, window } = cache.of_layer(layer, spans);
+        let LayerCache { kv, spans, layer, mut past } = cache.of_layer(layer, spans);
         paged::append(pool, kv, layer, qkv, q, rope, spans);
+        if let (LayerPast::Paragraphs { summaries, layer: index, paragraphs }, Some(vectors)) = (&mut past, &self.paragraph_pool) {
+            paged::summarise(pool, summaries, *index, vectors, kv, layer, rope, spans, paragraphs);
+        }
         attended_tq.resize(t * q, 0.0);
         let gates = self.gates.is_some().then_some(&gates.gates_tn[..]);
-        let keys = paged::Layer { kv, layer, q_heads: config.num_attention_heads, window, gates };
+        let keys = paged::Layer { kv, layer, q_heads: config.num_attention_heads, past: past.as_past(), gates };
         paged::attention(pool, attended_tq, qkv, Some(rope), keys, spans);
         if self.o.is_int8() {
             rows.quantise(pool, attended_tq, q);

@@ -3,6 +3,7 @@ use ernie_kernels::paged::BLOCK;
 
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::paragraphs::Ends;
 use crate::runner::Runner;
 
 /// Prompt tokens that go through the layers together: enough that reading the weights is not what takes the time.
@@ -17,6 +18,7 @@ pub struct Session<'m> {
     runner: Runner,
     /// The cache's blocks, in order: a session has them to itself.
     blocks: Vec<u32>,
+    paragraphs: Ends,
 }
 
 impl<'m> Session<'m> {
@@ -36,7 +38,7 @@ impl<'m> Session<'m> {
         // A session may forget its last tokens, so it keeps what its windows have passed.
         let windows = if model.cache_layout().window.is_some() { blocks } else { 0 };
         let runner = Runner::new(model, blocks, windows)?;
-        Ok(Session { model, max_len, ids: Vec::new(), runner, blocks: (0..blocks as u32).collect() })
+        Ok(Session { model, max_len, ids: Vec::new(), runner, blocks: (0..blocks as u32).collect(), paragraphs: Ends::default() })
     }
 
     /// The model.
@@ -68,6 +70,7 @@ impl<'m> Session<'m> {
     pub fn truncate(&mut self, len: usize) {
         let len = if self.model.has_gates() && len < self.ids.len() { len / BLOCK * BLOCK } else { len };
         self.ids.truncate(len);
+        self.paragraphs.truncate(len);
     }
 
     /// Forgets what differs from `prompt`, and its last token if all of it is known, so that its logits can be computed by a
@@ -166,6 +169,10 @@ impl<'m> Session<'m> {
         let blocks = &self.blocks[..(start + ids.len()).div_ceil(BLOCK)];
         work.spans.full.push(ids.len(), start, blocks);
         work.spans.windowed.push(ids.len(), start, blocks);
+        if let Some(rule) = &self.model.config().mechanisms.paragraphs {
+            self.paragraphs.follow(rule, &self.ids);
+            self.paragraphs.push_to(&mut work.spans.paragraphs, rule, ids, start, start + ids.len(), blocks);
+        }
         work.wanted.clear();
         work.wanted.extend(ids.len() as u32 - wanted as u32..ids.len() as u32);
         self.runner.step(self.model, ids);

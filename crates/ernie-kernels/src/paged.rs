@@ -5,10 +5,12 @@
 //! elements; in bf16 two elements of a key and two positions of a value share a word, as the instruction for their products wants them. Softmax runs block by block (arXiv 1805.02867), each row for itself in ascending order of absolute positions: a query's result is the
 //! same bits whatever other queries are computed with it.
 mod attention;
+mod summaries;
 
 use std::ops::Range;
 
-pub use attention::{Layer, attention};
+pub use attention::{Layer, Past, attention};
+pub use summaries::{Paragraphs, Summaries, summarise};
 
 use half::bf16;
 

@@ -13,6 +13,7 @@ fn a_decoding_step_allocates_nothing() {
         ("dense_bias_mqa", WeightDtype::F32),
         ("dense_local", WeightDtype::Int8),
         ("moe_gated_local", WeightDtype::Int8),
+        ("dense_paragraphs", WeightDtype::Int8),
     ];
     for (name, dtype) in models {
         let options = LoadOptions { dtype, threads: 1, kv_dtype: None };

@@ -92,7 +92,7 @@ fn request(random: &mut Random, common: &[u32]) -> Request {
     Request { prompt, params, logprobs: true }
 }
 
-/// 520 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
+/// 600 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
 /// threads; dense and routed models, one with a prediction block, every form of weights and cache.
 #[test]
 fn every_request_gets_the_same_bits_as_alone() {
@@ -110,6 +110,8 @@ fn every_request_gets_the_same_bits_as_alone() {
         ("windows only", WeightDtype::F32, KvDtype::F32),
         ("dense_gated", WeightDtype::Int8, KvDtype::Bf16),
         ("moe_gated_local", WeightDtype::F32, KvDtype::F32),
+        ("dense_paragraphs", WeightDtype::Int8, KvDtype::Bf16),
+        ("moe_gated_paragraphs", WeightDtype::F32, KvDtype::F32),
     ];
     let (mut preempted, mut found, mut right) = (0, 0, 0);
     for (form, (name, dtype, kv_dtype)) in forms.into_iter().enumerate() {
@@ -124,9 +126,14 @@ fn every_request_gets_the_same_bits_as_alone() {
                     (config.num_hidden_layers + usize::from(models[0].predicts()), config.num_key_value_heads, config.head_dim);
                 ernie_kernels::paged::KvBlocks::bytes_per_block(layers, heads, d, kv_dtype)
             };
+            // A window of 40 positions takes four blocks at least, summaries of paragraphs a part of another.
+            let fewest = match name {
+                _ if name.contains("paragraphs") => 5,
+                _ if name.starts_with("windows") || name.contains("gated") => 4,
+                _ => 3,
+            };
             let options = EngineOptions {
-                // A window of 40 positions takes four blocks at least.
-                cache_bytes: per_block * (if name.starts_with("windows") || name.contains("gated") { 4 } else { 3 } + random.below(5)),
+                cache_bytes: per_block * (fewest + random.below(5)),
                 max_batch_size: 1 + random.below(6),
                 token_budget: 1 + random.below(50),
                 dynamic_batching: random.below(6) > 0,

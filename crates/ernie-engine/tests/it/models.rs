@@ -77,7 +77,7 @@ fn no_cut_of_the_tokens_changes_a_bit() {
 /// Longer than a prefill chunk and than the first capacity of the cache, so both boundaries are crossed, at different places.
 #[test]
 fn long_prompts_cross_chunks_and_cache_growth_without_changing_a_bit() {
-    for name in ["dense_untied_gqa", "moe_k2", "dense_local"] {
+    for name in ["dense_untied_gqa", "moe_k2", "dense_local", "dense_paragraphs", "moe_gated_paragraphs"] {
         let golden = Golden::named(name);
         let model = Model::load(&golden.copy(SaveDtype::F32, |config| config.max_position_embeddings = 1024)).unwrap();
         let ids: Vec<u32> = (0..700).map(|i| 1 + i * 31 % 90).collect();
@@ -117,6 +117,24 @@ fn a_kept_prefix_changes_nothing() {
     assert_eq!((again.tokens, again.timings.cached_tokens), (fresh.tokens, prompt.len() - 1));
     let back = generate_in(&mut session, &golden.prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(back.tokens, first.tokens);
+}
+
+/// Summaries of paragraphs that are no longer part of the text are made anew.
+#[test]
+fn a_session_goes_back_into_an_earlier_paragraph() {
+    let golden = Golden::named("dense_paragraphs");
+    let model = golden.model(WeightDtype::Auto);
+    let first: Vec<u32> = (0..200).map(|i| 25 + i * 31 % 70).collect();
+    for (back, ending) in [(190, 150), (100, 101), (60, 75), (33, 33)] {
+        // The second text goes another way from `back` on, and its paragraphs end elsewhere.
+        let mut second = first[..back].to_vec();
+        second.extend((back as u32..200).map(|i| if i == ending { 12 } else { 26 + i * 17 % 70 }));
+        let mut session = Session::new(&model, 256).unwrap();
+        session.prefill(&first).unwrap();
+        assert_eq!(session.keep_common_prefix(&second), back);
+        let kept = session.prefill(&second[back..]).unwrap().to_vec();
+        assert_eq!(kept, Session::new(&model, 256).unwrap().prefill(&second).unwrap(), "back to {back}");
+    }
 }
 
 /// A session of a model with gated heads goes back to the end of a block, and on from there with the same bits.

@@ -1,7 +1,7 @@
 //! Attention of queries to keys and values in blocks.
 use std::ops::Range;
 
-use super::{BLOCK, KvBlocks, KvDtype, Spans};
+use super::{BLOCK, KvBlocks, KvDtype, Paragraphs, Spans, Summaries, region_bytes, store};
 use crate::arch::dot_bf16;
 use crate::arch::exp::exp;
 use crate::arch::isa::simd_fn;
@@ -21,22 +21,40 @@ pub struct Layer<'a> {
     pub layer: usize,
     /// Query heads, a multiple of the key heads. Query head h reads key head `h / (q_heads / kv_heads)`.
     pub q_heads: usize,
-    /// How many positions back, its own included, a query sees; `None`: all.
-    pub window: Option<usize>,
+    /// What a query sees of the positions up to its own.
+    pub past: Past<'a>,
     /// Factors of the heads' outputs, `[rows, q_heads]`, without which all are 1; a head whose factor is 0 is not computed.
     pub gates: Option<&'a [f32]>,
 }
 
-/// Causal attention of each row to the positions of its sequence up to its own, as far as the window goes back, which must have been stored:
+/// What a query sees of the positions up to its own.
+#[derive(Clone, Copy, Debug)]
+pub enum Past<'a> {
+    /// All of them.
+    All,
+    /// So many, its own included.
+    Window(usize),
+    /// Those of its own paragraph, and the summaries of the paragraphs before, which are those of layer `layer` of `summaries`.
+    Paragraphs {
+        /// Where the summaries are.
+        summaries: &'a Summaries,
+        /// The layer's number there.
+        layer: usize,
+        /// Where the paragraphs of the step's sequences end.
+        paragraphs: &'a Paragraphs,
+    },
+}
+
+/// Causal attention of each row to the positions of its sequence up to its own, as far as it sees them, which must have been stored:
 /// `out` `[rows, q_heads·head_dim]`; queries are the first `q_heads·head_dim` columns of the rows of `q`, to be turned by the angles of their positions if
 /// there is a `rope`. Scores are scaled by 1/√head_dim.
 ///
 /// # Panics
 /// If sizes do not fit.
 pub fn attention(pool: &Pool, out: &mut [f32], q: Mat<'_>, rope: Option<&RopeTable>, of: Layer<'_>, spans: &mut Spans) {
-    let Layer { kv, layer, q_heads, window, gates } = of;
+    let Layer { kv, layer, q_heads, past, gates } = of;
     assert!(gates.is_none_or(|gates| gates.len() == q.rows() * q_heads), "a gate for each head of {} rows", q.rows());
-    assert!(window != Some(0), "a window of no positions");
+    assert!(!matches!(past, Past::Window(0)), "a window of no positions");
     assert!(kv.kv_heads > 0 && q_heads.is_multiple_of(kv.kv_heads), "{q_heads} query heads over {} key heads", kv.kv_heads);
     let (d, group) = (kv.head_dim, q_heads / kv.kv_heads);
     assert!(q.rows() == spans.rows() && q.cols() >= q_heads * d, "queries for {} rows", spans.rows());
@@ -48,7 +66,15 @@ pub fn attention(pool: &Pool, out: &mut [f32], q: Mat<'_>, rope: Option<&RopeTab
         let start = span.start + rows.start - span.rows.start;
         let gates = gates.map(|gates| Mat::new(gates, q.rows(), q_heads).rows_of(rows.clone()).columns(col / d..col / d + group));
         let queries = q.rows_of(rows).columns(col..col + group * d);
-        let keys = Keys { kv, layer, head: col / (group * d), blocks: spans.blocks_of(span), first_block: span.first_block, window };
+        let seen = match past {
+            Past::All => Seen::From(0),
+            Past::Window(window) => Seen::Window(window),
+            Past::Paragraphs { summaries, layer, paragraphs } => {
+                let (ends, blocks) = paragraphs.of(spans.span_of[task]);
+                Seen::Paragraphs { summaries, layer, ends, blocks }
+            }
+        };
+        let keys = Keys { kv, layer, head: col / (group * d), blocks: spans.blocks_of(span), first_block: span.first_block, seen };
         attend(&mut out, queries, gates, rope, keys, start, group);
     });
 }
@@ -61,13 +87,49 @@ struct Keys<'a> {
     blocks: &'a [u32],
     /// Positions of `blocks` count from this block on.
     first_block: usize,
-    window: Option<usize>,
+    seen: Seen<'a>,
+}
+
+/// [`Past`] of one sequence.
+#[derive(Clone, Copy)]
+enum Seen<'a> {
+    From(usize),
+    Window(usize),
+    Paragraphs { summaries: &'a Summaries, layer: usize, ends: &'a [u32], blocks: &'a [u32] },
+}
+
+impl Seen<'_> {
+    /// The first position that the query at a position sees.
+    fn first(&self, position: usize) -> usize {
+        match *self {
+            Seen::From(first) => first,
+            Seen::Window(window) => (position + 1).saturating_sub(window),
+            Seen::Paragraphs { ends, .. } => match self.summaries(position) {
+                0 => 0,
+                earlier => ends[earlier - 1] as usize,
+            },
+        }
+    }
+
+    /// How many summaries it sees.
+    fn summaries(&self, position: usize) -> usize {
+        match self {
+            Seen::Paragraphs { ends, .. } => ends.partition_point(|&end| end as usize <= position),
+            _ => 0,
+        }
+    }
 }
 
 impl Keys<'_> {
-    /// The first position that the query at a position sees.
-    fn first_seen(&self, position: usize) -> usize {
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    /// Keys and values of the summaries from number `first` on as a block of their own, for as many as there are up to `end`: in f32, or in words of two
+    /// bf16.
+    fn gather(&self, panel: &mut [f32], first: usize, end: usize, dtype: KvDtype) {
+        let Seen::Paragraphs { summaries, layer, blocks, .. } = self.seen else { return };
+        let region: &mut [u8] = bytemuck::cast_slice_mut(panel);
+        for (offset, &block) in blocks[first..end.min(first + BLOCK)].iter().enumerate() {
+            let (key, value) = summaries.of(block, layer, self.head);
+            store(region, dtype, offset, key, value);
+        }
     }
 }
 
@@ -94,7 +156,6 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, gates: Option<Mat<'_>>, rope: Option
     }
     let token_of = |row: usize| listed[row] as usize / group;
     let width = d.next_multiple_of(COLS);
-    let tiles = rows.div_ceil(ROWS);
     // Sizes by all rows: how many are computed changes from step to step.
     let mut packed = Scratch::take(all.div_ceil(ROWS) * ROWS * d);
     packed.fill(0.0);
@@ -125,45 +186,95 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, gates: Option<Mat<'_>>, rope: Option
             row += 1;
         }
     }
-    let mut values = Scratch::take(all * width);
+    let (mut values, mut state) = (Scratch::take(all * width), Scratch::take(2 * all));
     values.fill(0.0);
-    let mut state = Scratch::take(2 * all);
     let (maxima, sums) = state.split_at_mut(all);
     maxima.fill(f32::NEG_INFINITY);
     sums.fill(0.0);
     let mut wide = Scratch::take((d + width) * BLOCK);
-    let mut scores = [0.0f32; ROWS * BLOCK];
-    let mut rounded = [0u32; ROWS * BLOCK / 2];
-    let packed_words: &[u32] = bytemuck::cast_slice(&packed);
+    let mut sum = Sum { rows, d, width, native, packed: &packed, maxima, sums, values: &mut values };
 
-    let (first, last) = (keys.first_seen(start + token_of(0)), start + token_of(rows - 1));
+    let (first, last) = (keys.seen.first(start + token_of(0)), start + token_of(rows - 1));
+    let earlier = keys.seen.summaries(last);
+    if earlier > 0 {
+        let dtype = if native { KvDtype::Bf16 } else { KvDtype::F32 };
+        let mut panel = Scratch::take(region_bytes(d, dtype) / 4);
+        for from in (0..earlier).step_by(BLOCK) {
+            keys.gather(&mut panel, from, earlier, dtype);
+            let seen = |row: usize| 0..keys.seen.summaries(start + token_of(row)).saturating_sub(from).min(BLOCK);
+            if native {
+                let (k_words, v_words) = bytemuck::cast_slice(&panel).split_at(d / 2 * BLOCK);
+                sum.add(&[], &[], k_words, v_words, seen);
+            } else {
+                let (k, v) = panel.split_at(d * BLOCK);
+                sum.add(k, v, &[], &[], seen);
+            }
+        }
+    }
     assert!(first / BLOCK >= keys.first_block, "position {first} is no longer in the cache");
     for index in first / BLOCK..=last / BLOCK {
         let (first_key, block) = (index * BLOCK, keys.blocks[index - keys.first_block]);
         let (k, v) = if native { (&[][..], &[][..]) } else { keys.kv.load(keys.layer, block, keys.head, &mut wide) };
         let (k_words, v_words) = if native { keys.kv.words(keys.layer, block, keys.head) } else { (&[][..], &[][..]) };
-        for tile_index in 0..tiles {
-            let range = tile_index * ROWS..(tile_index * ROWS + ROWS).min(rows);
-            // Positions of this block that a row sees: at most those that its tile's last row sees, and from those on that its first row sees.
-            let seen = |row: usize| {
-                let position = start + token_of(row);
-                let from = keys.first_seen(position).saturating_sub(first_key).min(BLOCK);
-                from..(position + 1).saturating_sub(first_key).min(BLOCK)
-            };
+        let seen = |row: usize| {
+            let position = start + token_of(row);
+            let from = keys.seen.first(position).saturating_sub(first_key).min(BLOCK);
+            from..(position + 1).saturating_sub(first_key).min(BLOCK)
+        };
+        sum.add(k, v, k_words, v_words, seen);
+    }
+    for row in 0..rows {
+        let (token, member) = (token_of(row), listed[row] as usize % group);
+        let out = &mut out.row_mut(token)[member * d..][..d];
+        let inverse = gate(token, member) / sum.sums[row];
+        for (out, value) in out.iter_mut().zip(&sum.values[row * width..]) {
+            *out = value * inverse;
+        }
+    }
+}
+
+/// Weighted sums of values in the making, row by row: softmax block after block.
+struct Sum<'a> {
+    rows: usize,
+    d: usize,
+    /// d rounded up to whole tiles.
+    width: usize,
+    /// Whether keys and values come as words of two bf16.
+    native: bool,
+    /// Queries by element, `[rows / 12, d, 12]`.
+    packed: &'a [f32],
+    /// Each row's largest score so far, and the sum of the exponentials of the scores less it.
+    maxima: &'a mut [f32],
+    sums: &'a mut [f32],
+    /// `[rows, width]`.
+    values: &'a mut [f32],
+}
+
+impl Sum<'_> {
+    /// Takes a block of keys and values in, of which a row sees `seen`: nothing beyond what the last row of its tile sees, or before what the first
+    /// sees.
+    #[inline(always)]
+    fn add(&mut self, k: &[f32], v: &[f32], k_words: &[u32], v_words: &[u32], seen: impl Fn(usize) -> Range<usize>) {
+        let Sum { rows, d, width, native, .. } = *self;
+        let packed_words: &[u32] = bytemuck::cast_slice(self.packed);
+        let mut scores = [0.0f32; ROWS * BLOCK];
+        let mut rounded = [0u32; ROWS * BLOCK / 2];
+        for first in (0..rows).step_by(ROWS) {
+            let range = first..(first + ROWS).min(rows);
             let most = seen(range.end - 1).end;
-            if most == 0 || seen(range.start).start == BLOCK {
+            if most == 0 || seen(first).start == BLOCK {
                 continue;
             }
             let height = range.len();
             let mut corner = MatMut::corner(&mut scores, BLOCK, height, BLOCK);
             if native {
-                scores_of_words(&mut corner, &packed_words[tile_index * ROWS * (d / 2)..][..ROWS * (d / 2)], k_words, d / 2);
+                scores_of_words(&mut corner, &packed_words[first * (d / 2)..][..ROWS * (d / 2)], k_words, d / 2);
             } else {
-                scores_of(&mut corner, &packed[tile_index * ROWS * d..][..ROWS * d], k, d);
+                scores_of(&mut corner, &self.packed[first * d..][..ROWS * d], k, d);
             }
-            let seen_by: [Range<usize>; ROWS] = std::array::from_fn(|i| seen((range.start + i).min(range.end - 1)));
-            let values = &mut values[range.start * width..range.end * width];
-            softmax(&mut scores, &seen_by, &mut maxima[range.clone()], &mut sums[range.clone()], values, width);
+            let seen_by: [Range<usize>; ROWS] = std::array::from_fn(|i| seen((first + i).min(range.end - 1)));
+            let values = &mut self.values[first * width..range.end * width];
+            softmax(&mut scores, &seen_by, &mut self.maxima[range.clone()], &mut self.sums[range], values, width);
             if native {
                 narrow_pairs(&mut rounded[..height * BLOCK / 2], &scores[..height * BLOCK]);
             }
@@ -176,14 +287,6 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, gates: Option<Mat<'_>>, rope: Option
                     weighted(&mut c, &scores, &v[column * BLOCK * COLS..][..BLOCK * COLS], most);
                 }
             }
-        }
-    }
-    for row in 0..rows {
-        let (token, member) = (token_of(row), listed[row] as usize % group);
-        let out = &mut out.row_mut(token)[member * d..][..d];
-        let inverse = gate(token, member) / sums[row];
-        for (out, value) in out.iter_mut().zip(&values[row * width..]) {
-            *out = value * inverse;
         }
     }
 }

@@ -3,6 +3,10 @@ use crate::testing::Random;
 
 const SHAPES: [(usize, usize, usize); 5] = [(1, 1, 4), (4, 2, 16), (3, 1, 6), (16, 2, 128), (2, 2, 72)];
 
+fn past(window: Option<usize>) -> Past<'static> {
+    window.map_or(Past::All, Past::Window)
+}
+
 /// Two layers and scattered blocks; the other layer holds other values.
 fn filled(k: &[f32], v: &[f32], blocks: &[u32], kv_heads: usize, d: usize, dtype: KvDtype) -> KvBlocks {
     let mut kv = KvBlocks::new(2, 40, kv_heads, d, dtype).unwrap();
@@ -26,7 +30,7 @@ fn equals_its_twin_and_never_depends_on_what_is_computed_together() {
             let kv = filled(&k, &v, &blocks, kv_heads, d, dtype);
             for window in [None, Some(1), Some(7), Some(32), Some(50), Some(131)] {
                 let what = format!("{q_heads}/{kv_heads} heads of {d}, {dtype:?}, window {window:?}");
-                let layer = Layer { kv: &kv, layer: 1, q_heads, window, gates: None };
+                let layer = Layer { kv: &kv, layer: 1, q_heads, past: past(window), gates: None };
                 let queries = Mat::new(&q, positions, q_heads * d);
                 let expected = scalar::attention(&q, &k, &v, window.unwrap_or(positions), q_heads, kv_heads, d);
                 let mut all = vec![0.0; q.len()];
@@ -69,7 +73,7 @@ fn heads_whose_gate_is_shut_are_left_out_and_change_no_other() {
                     spans.push(rows.len(), rows.start, &blocks[..rows.end.div_ceil(BLOCK)]);
                     let queries = Mat::new(&q, positions, q_heads * d).rows_of(rows.clone());
                     let gates = gates.map(|gates| &gates[rows.start * q_heads..rows.end * q_heads]);
-                    attention(&pool, &mut out, queries, None, Layer { kv: &kv, layer: 1, q_heads, window, gates }, &mut spans);
+                    attention(&pool, &mut out, queries, None, Layer { kv: &kv, layer: 1, q_heads, past: past(window), gates }, &mut spans);
                     out
                 };
                 let all = run(None, 0..positions);
@@ -103,7 +107,7 @@ fn queries_may_stand_among_other_columns() {
     let (mut a, mut b) = (vec![0.0; q.len()], vec![0.0; q.len()]);
     let mut spans = Spans::default();
     spans.push(positions, 0, &[9]);
-    let layer = Layer { kv: &kv, layer: 1, q_heads, window: None, gates: None };
+    let layer = Layer { kv: &kv, layer: 1, q_heads, past: Past::All, gates: None };
     attention(&Pool::new(1), &mut a, Mat::new(&q, positions, 16), None, layer, &mut spans);
     attention(&Pool::new(1), &mut b, Mat::new(&wide, positions, 40), None, layer, &mut spans);
     assert_eq!(a, b);
@@ -125,7 +129,7 @@ fn what_another_sequence_left_in_a_block_is_never_seen() {
         let mut out = vec![0.0; q.len()];
         let mut spans = Spans::default();
         spans.push(positions, 0, &[0]);
-        let layer = Layer { kv: &kv, layer: 0, q_heads: 1, window: None, gates: None };
+        let layer = Layer { kv: &kv, layer: 0, q_heads: 1, past: Past::All, gates: None };
         attention(&Pool::new(1), &mut out, Mat::new(&q, positions, d), None, layer, &mut spans);
         assert!(out.iter().all(|x| x.is_finite()), "{dtype:?}");
     }
@@ -168,7 +172,7 @@ fn appended_rows_and_queries_are_turned_by_their_positions() {
             assert_eq!(kv.memory.bytes(), expected.memory.bytes(), "{dtype:?}, step {step}");
             let (mut first, mut later) = (vec![0.0; spans.rows() * q], vec![0.0; spans.rows() * q]);
             let count = spans.rows();
-            let layer = Layer { kv: &kv, layer: 1, q_heads, window: Some(40), gates: None };
+            let layer = Layer { kv: &kv, layer: 1, q_heads, past: Past::Window(40), gates: None };
             attention(&pool, &mut first, Mat::new(&rows, count, width), Some(&rope), layer, &mut spans);
             attention(&pool, &mut later, Mat::new(&turned, count, width), None, layer, &mut spans);
             assert_eq!(first, later, "{dtype:?}, step {step}");
