@@ -2,6 +2,7 @@
 use anyhow::Context;
 use ernie_checkpoint::{ChatTemplate, ChatTemplateOptions, DecodeStream, Message, Tokenizer};
 use std::io::Read;
+use std::path::Path;
 
 /// A text argument; `-` stands for all of standard input.
 pub fn text_or_stdin(argument: &str) -> anyhow::Result<String> {
@@ -11,6 +12,24 @@ pub fn text_or_stdin(argument: &str) -> anyhow::Result<String> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).context("cannot read standard input as UTF-8 text")?;
     Ok(text)
+}
+
+/// A whole text file, gzipped or not.
+pub fn text_file(path: &Path) -> anyhow::Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes = if path.extension().is_some_and(|extension| extension == "gz") {
+        let mut plain = Vec::new();
+        flate2::read::MultiGzDecoder::new(&bytes[..])
+            .read_to_end(&mut plain)
+            .with_context(|| format!("{} is no gzip file", path.display()))?;
+        plain
+    } else {
+        bytes
+    };
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!("{}: byte {at} is not UTF-8; convert the file", path.display())
+    })
 }
 
 /// The tokenizer's streaming decoder for the engine; without a tokenizer there is no text.

@@ -9,6 +9,7 @@ use ernie_eval::{Bleu, Rouge, Score, TextScore, Tokenize, Units};
 use serde::Serialize;
 
 use crate::compute::ComputeArguments;
+use crate::encoding;
 use crate::interrupt::Interrupt;
 use crate::model::ModelArgument;
 use crate::outcome::Outcome;
@@ -96,7 +97,7 @@ pub fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
 }
 
 fn perplexity(arguments: &PerplexityArguments) -> anyhow::Result<()> {
-    let texts = arguments.files.iter().map(|file| read(file)).collect::<anyhow::Result<Vec<_>>>()?;
+    let texts = arguments.files.iter().map(|file| encoding::text_file(file)).collect::<anyhow::Result<Vec<_>>>()?;
     let (tokenizer, model) = (arguments.model.tokenizer()?, arguments.compute.load(&arguments.model)?);
     let context = arguments.context.unwrap_or_else(|| model.config().max_position_embeddings.min(512));
     let interrupt = Interrupt::install()?;
@@ -132,7 +133,7 @@ fn file_score(file: &Path, sums: TextScore) -> FileScore<'_> {
 }
 
 fn score(arguments: &ScoreArguments) -> anyhow::Result<()> {
-    let (predictions, references) = (read(&arguments.predictions)?, read(&arguments.references)?);
+    let (predictions, references) = (encoding::text_file(&arguments.predictions)?, encoding::text_file(&arguments.references)?);
     let (predictions, references): (Vec<&str>, Vec<&str>) = (predictions.lines().collect(), references.lines().collect());
     if predictions.len() != references.len() || predictions.is_empty() {
         anyhow::bail!(
@@ -164,21 +165,4 @@ fn write_out(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
-}
-
-/// A whole text file, gzipped or not.
-fn read(path: &Path) -> anyhow::Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let bytes = if path.extension().is_some_and(|extension| extension == "gz") {
-        let mut plain = Vec::new();
-        std::io::Read::read_to_end(&mut flate2::read::MultiGzDecoder::new(&bytes[..]), &mut plain)
-            .with_context(|| format!("{} is no gzip file", path.display()))?;
-        plain
-    } else {
-        bytes
-    };
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        anyhow::anyhow!("{}: byte {at} is not UTF-8; convert the file", path.display())
-    })
 }

@@ -10,6 +10,7 @@ mod conversation;
 mod embedded;
 mod encoding;
 mod eval;
+mod explain;
 mod generate;
 mod inspect;
 mod interrupt;
@@ -45,6 +46,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Quantize(quantize) => quantize::run(quantize),
         Command::Bench(bench) => bench::run(bench),
         Command::Eval(eval) => eval::run(eval),
+        Command::Explain(explain) => explain::run(explain),
         Command::Train(train) => train::run(train),
     }
 }

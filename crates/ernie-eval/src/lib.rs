@@ -1,8 +1,9 @@
-//! What a model is worth: perplexity on text, and how near one text comes to another.
+//! What a model is worth: perplexity on text, how near one text comes to another, and what a model chose on its way through one.
 //!
 //! Metrics give the numbers of the packages that the field uses, `rouge-score` and `sacrebleu`, on committed goldens; models are run by
-//! [`ernie_engine`].
+//! [`ernie_engine`], and by [`ernie_model`] where it is asked what happens inside them.
 mod bleu;
+pub mod explain;
 mod perplexity;
 mod rouge;
 

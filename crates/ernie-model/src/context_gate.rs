@@ -70,9 +70,19 @@ impl Gating {
         ops::gate_heads(heads, self.logits_tn.clone(), self.threshold)
     }
 
+    /// How far each head is open, 0 to 1, before the threshold, `[t, n_q]` row by row.
+    pub fn gates(&self) -> Vec<f32> {
+        ops::host_f32(&self.logits_tn).into_iter().map(head_gates::gate).collect()
+    }
+
     /// Which heads are active, `[t, n_q]` row by row.
     pub fn active(&self) -> Vec<bool> {
-        ops::host_f32(&self.logits_tn).into_iter().map(|logit| head_gates::gate(logit) >= self.threshold as f32).collect()
+        self.gates().into_iter().map(|gate| gate >= self.threshold as f32).collect()
+    }
+
+    /// Semantic density of each token, 0 to 2, `[t]`.
+    pub fn density(&self) -> Vec<f32> {
+        ops::host_f32(&self.density_t1)
     }
 
     /// Share of the heads that are active, over all tokens.
@@ -93,7 +103,7 @@ impl Gating {
 
     /// Pearson correlation of a token's density with the number of its active heads; `None` where one of them never changes.
     pub fn correlation(&self) -> Option<f64> {
-        let density = ops::host_f32(&self.density_t1);
+        let density = self.density();
         let active = self.active();
         let heads = active.len() / density.len().max(1);
         let counts = active.chunks(heads.max(1)).map(|row| row.iter().filter(|active| **active).count() as f64);

@@ -61,6 +61,8 @@ pub struct Routing {
     pub probs_te: Tensor<2>,
     /// Chosen experts, `[t, k]` row by row.
     pub indices: Arc<[u32]>,
+    /// Their weights, `[t, k]`, on the tape.
+    pub weights_tk: Tensor<2>,
 }
 
 impl Moe {
@@ -90,11 +92,11 @@ impl Moe {
         let experts = &self.experts;
         let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k, precision };
         let stacks = [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()];
-        let mut y_th = x_th.clone() + ops::routed_experts(z_th, stacks, weights_tk, &context);
+        let mut y_th = x_th.clone() + ops::routed_experts(z_th, stacks, weights_tk.clone(), &context);
         if let Some(shared) = &self.shared_experts {
             y_th = shared.forward_add(y_th, x_th, norm, precision);
         }
-        (y_th, Routing { logits_te, probs_te, indices })
+        (y_th, Routing { logits_te, probs_te, indices, weights_tk })
     }
 
     /// Chosen experts `[t, k]` and their normalised weights `[t, k]` (on the tape: the gradient reaches the router through them).
@@ -132,6 +134,11 @@ impl Routing {
             usage[expert as usize] += 1;
         }
         usage
+    }
+
+    /// What each chosen expert's output is multiplied by, `[t, k]` row by row as [`Routing::indices`].
+    pub fn weights(&self) -> Vec<f32> {
+        ops::host_f32(&self.weights_tk)
     }
 
     /// Balance loss `E · Σ_e mean_prob_e · frac_e` (ERNIE `topk_gate.py`, after arXiv 2101.03961): 1 when routing is even.

@@ -275,6 +275,13 @@ impl Ernie {
         self.cross_entropy_of(states_th, &LossContext::new(targets, self.precision))
     }
 
+    /// Cross-entropy of each position in nats, `[t]`, 0 where it is not scored.
+    pub fn token_losses(&self, states_th: Tensor<2>, targets: &Arc<[i32]>) -> Vec<f32> {
+        let context = LossContext::new(targets, self.precision);
+        let _ = self.cross_entropy_of(states_th, &context);
+        context.token_losses.get().cloned().unwrap_or_default()
+    }
+
     fn cross_entropy_of(&self, states_th: Tensor<2>, context: &LossContext) -> Tensor<1> {
         match &self.lm_head.bias {
             Some(_) => ops::plain::cross_entropy(self.logits(states_th), context),

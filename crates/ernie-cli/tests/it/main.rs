@@ -1,6 +1,7 @@
 //! The built program, run as users run it.
 mod chat;
 mod eval;
+mod explain;
 mod generate;
 mod goldens;
 mod inspect;

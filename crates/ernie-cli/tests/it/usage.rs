@@ -1,7 +1,7 @@
 //! Help, and command lines that are wrong.
 use crate::program::ernie;
 
-const COMMANDS: [&str; 8] = ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "train"];
+const COMMANDS: [&str; 9] = ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "explain", "train"];
 
 #[test]
 fn help_explains_every_command_with_examples() {
@@ -38,6 +38,9 @@ fn wrong_command_lines_exit_with_2_and_name_what_is_wrong() {
         (&["quantize", "only-one"], "OUT"),
         (&["bench", "--batch", "0"], "--batch"),
         (&["bench", "--pp", "100000"], "--pp 100000"),
+        (&["explain"], "TEXT"),
+        (&["explain", "x", "--file", "y"], "--file"),
+        (&["explain", "--ids", "3", "--width", "0"], "--width"),
         (&["train"], "RECIPE"),
     ];
     for (arguments, part) in cases {
