@@ -1,11 +1,19 @@
-//! What a model is worth: perplexity on text, and how near one text comes to another.
+//! What a model is worth: perplexity on text, summaries of documents, and how near one text comes to another.
 //!
 //! Metrics give the numbers of the packages that the field uses, `rouge-score` and `sacrebleu`, on committed goldens; models are run by
 //! [`ernie_engine`].
 mod bleu;
+mod bootstrap;
+mod examples;
 mod perplexity;
+mod prompt;
 mod rouge;
+mod summarise;
 
 pub use bleu::{Bleu, Tokenize, bleu};
+pub use bootstrap::Estimate;
+pub use examples::{Example, ExampleFormat, ExamplesError, read_examples};
 pub use perplexity::{Error, TextScore, score_text};
-pub use rouge::{Rouge, Score, Units, mean_rouge, rouge};
+pub use prompt::{Prompt, PromptTemplate, TemplateError};
+pub use rouge::{Rouge, Score, Units, best_rouge, mean_rouge, rouge};
+pub use summarise::{SummariseError, SummariseOptions, Summary, SummaryScores, prompts, score_summary, summarise};

@@ -1,3 +1,5 @@
-//! Metrics against the packages that the field uses, and perplexity against the engine's own logits.
+//! Metrics against the packages that the field uses, perplexity against the engine's own logits, and summaries against its generation.
+mod examples;
 mod metrics;
 mod perplexity;
+mod summaries;
