@@ -13,12 +13,14 @@ use crate::encoding;
 use crate::interrupt::Interrupt;
 use crate::model::ModelArgument;
 use crate::outcome::Outcome;
+use crate::summarise::{self, SummariseArguments};
 
-/// Measure a model on text, or predictions against references
+/// Measure a model on text, its summaries, or predictions against references
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "Examples:\n  \
         ernie eval perplexity --model path/to/model book.txt news.txt\n  \
-        ernie eval score predictions.txt references.txt --json")]
+        ernie eval score predictions.txt references.txt --json\n  \
+        ernie eval summarise --model path/to/model --data path/to/scitldr --format scitldr")]
 pub struct EvalArguments {
     #[command(subcommand)]
     command: EvalCommand,
@@ -28,6 +30,8 @@ pub struct EvalArguments {
 enum EvalCommand {
     Perplexity(PerplexityArguments),
     Score(ScoreArguments),
+    #[command(alias = "summarize")]
+    Summarise(SummariseArguments),
 }
 
 /// How well the model foretells texts: loss and perplexity per token, bits per byte
@@ -93,6 +97,7 @@ pub fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
     match &arguments.command {
         EvalCommand::Perplexity(arguments) => perplexity(arguments),
         EvalCommand::Score(arguments) => score(arguments),
+        EvalCommand::Summarise(arguments) => summarise::run(arguments),
     }
 }
 

@@ -17,8 +17,10 @@ mod interrupt;
 mod logits;
 mod model;
 mod outcome;
+mod progress;
 mod quantize;
 mod sampling;
+mod summarise;
 mod tokenize;
 mod train;
 

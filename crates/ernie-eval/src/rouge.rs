@@ -55,6 +55,13 @@ pub fn rouge(target: &str, prediction: &str, units: Units) -> Rouge {
     }
 }
 
+/// The scores against the one of several targets whose ROUGE-1 has the highest F1, of equals the first: what the script of SciTLDR calls `multi-max` (Cachola
+/// et al., arXiv 2004.15011). All 0 without targets.
+pub fn best_rouge<'a>(targets: impl IntoIterator<Item = &'a str>, prediction: &str, units: Units) -> Rouge {
+    let scores = targets.into_iter().map(|target| rouge(target, prediction, units));
+    scores.reduce(|best, next| if next.rouge1.f1 > best.rouge1.f1 { next } else { best }).unwrap_or_default()
+}
+
 /// Means over (target, prediction) pairs; all 0 without any.
 pub fn mean_rouge<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>, units: Units) -> Rouge {
     let (mut sum, mut count) = (Rouge::default(), 0.0);

@@ -1,4 +1,7 @@
-//! Metrics against the packages that the field uses, perplexity against the engine's own logits, explanations against the model's own choices.
+//! Metrics against the packages that the field uses, perplexity against the engine's own logits, summaries against its generation, explanations
+//! against the model's own choices.
+mod examples;
 mod explain;
 mod metrics;
 mod perplexity;
+mod summaries;

@@ -1,5 +1,5 @@
 //! `testdata/metrics/golden.json`, made by `testdata/scripts/make_metric_goldens.py` with rouge-score and sacrebleu.
-use ernie_eval::{Score, Tokenize, Units, bleu, mean_rouge, rouge};
+use ernie_eval::{Rouge, Score, Tokenize, Units, best_rouge, bleu, mean_rouge, rouge};
 use serde_json::Value;
 
 fn golden() -> Value {
@@ -73,4 +73,16 @@ fn means_are_over_pairs() {
     let pairs = [("the cat sat", "the cat sat"), ("one two", "three four")];
     assert_eq!(mean_rouge(pairs, Units::Words).rouge1.f1, 0.5);
     assert_eq!(mean_rouge(std::iter::empty(), Units::Words).rouge_l.recall, 0.0);
+}
+
+#[test]
+fn of_several_targets_the_one_with_the_best_rouge_1_counts_in_all_scores() {
+    // The second has more words of the prediction, the third fewer but in order.
+    let targets = ["nothing of it", "mat the on sat cat the", "the cat sat"];
+    let prediction = "the cat sat on the mat";
+    let best = best_rouge(targets, prediction, Units::Words);
+    assert_eq!(best, rouge(targets[1], prediction, Units::Words));
+    assert_eq!(best.rouge1.f1, 1.0);
+    assert!(best.rouge2.f1 < rouge(targets[2], prediction, Units::Words).rouge2.f1);
+    assert_eq!(best_rouge([], prediction, Units::Words), Rouge::default());
 }
