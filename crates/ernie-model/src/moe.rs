@@ -11,7 +11,8 @@ use crate::{
     mlp::Mlp,
     norm::RmsNorm,
     ops,
-    ops::{ExpertsContext, Precision},
+    ops::{ExpertsContext, LayerContext},
+    steering::LayerSteering,
 };
 use burn::{module::Param, prelude::*, tensor::TensorData};
 use ernie_checkpoint::{Config, MoeConfig};
@@ -52,6 +53,9 @@ pub struct Moe {
     norm_min: f64,
 }
 
+/// Where the pull loss ends: below it a logarithm's gradient would drown all others.
+const LEAST_SHARE: f64 = 1e-4;
+
 /// How one MoE layer routed one batch.
 #[derive(Debug, Clone)]
 pub struct Routing {
@@ -61,6 +65,8 @@ pub struct Routing {
     pub probs_te: Tensor<2>,
     /// Chosen experts, `[t, k]` row by row.
     pub indices: Arc<[u32]>,
+    /// 1 for the experts that each token was steered to, 0 for the others, `[t, e]` row by row; none where routing is not steered by domains.
+    pub favoured_te: Option<Arc<[f32]>>,
 }
 
 impl Moe {
@@ -82,11 +88,12 @@ impl Moe {
     }
 
     /// `x + experts(norm(x))`, `[t, h]`, and how it was routed.
-    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, precision: Precision) -> (Tensor<2>, Routing) {
+    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, context: &LayerContext) -> (Tensor<2>, Routing) {
+        let (precision, steering) = (context.precision, context.layer_steering.as_ref());
         let z_th = norm.forward(x_th.clone());
         let logits_te = self.gate.forward(z_th.clone());
         let probs_te = softmax(logits_te.clone());
-        let (indices, weights_tk) = self.select(&probs_te);
+        let (indices, weights_tk) = self.select(&probs_te, steering);
         let experts = &self.experts;
         let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k, precision };
         let stacks = [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()];
@@ -94,15 +101,19 @@ impl Moe {
         if let Some(shared) = &self.shared_experts {
             y_th = shared.forward_add(y_th, x_th, norm, precision);
         }
-        (y_th, Routing { logits_te, probs_te, indices })
+        let favoured_te = steering.and_then(LayerSteering::favoured).map(Into::into);
+        (y_th, Routing { logits_te, probs_te, indices, favoured_te })
     }
 
     /// Chosen experts `[t, k]` and their normalised weights `[t, k]` (on the tape: the gradient reaches the router through them).
-    fn select(&self, probs_te: &Tensor<2>) -> (Arc<[u32]>, Tensor<2>) {
+    fn select(&self, probs_te: &Tensor<2>, steering: Option<&LayerSteering>) -> (Arc<[u32]>, Tensor<2>) {
         let [tokens, experts] = probs_te.dims();
         let probs = ops::host_f32(probs_te);
         let bias = ops::host_f32(&self.moe_statics.e_score_correction_bias.val());
-        let indices = router::select(&probs, Some(&bias), experts, self.top_k);
+        let indices = match steering {
+            None => router::select(&probs, Some(&bias), experts, self.top_k),
+            Some(steering) => steering.select(&probs, &bias, self.top_k),
+        };
         let index_data = TensorData::new(indices.iter().map(|&e| e as i64).collect::<Vec<_>>(), [tokens, self.top_k]);
         let index_tk = Tensor::<2, Int>::from_data(index_data, &probs_te.device());
         let chosen_tk = probs_te.clone().gather(1, index_tk);
@@ -141,6 +152,14 @@ impl Routing {
         let share = self.usage().into_iter().map(|n| n as f32 / routed).collect::<Vec<_>>();
         let share_1e = Tensor::<2>::from_data(TensorData::new(share, [1, experts]), &self.probs_te.device());
         (self.probs_te.clone().mean_dim(0) * share_1e).sum() * experts as f64
+    }
+
+    /// `mean(−ln Σ_{e∈f} p_e)`, f the experts that a token was steered to: the router learns to choose them itself. None where nothing was steered.
+    pub fn pull_loss(&self) -> Option<Tensor<1>> {
+        let favoured = TensorData::new(self.favoured_te.as_ref()?.to_vec(), self.probs_te.dims());
+        let favoured_te = Tensor::<2>::from_data(favoured, &self.probs_te.device());
+        let share_t1 = (self.probs_te.clone() * favoured_te).sum_dim(1).clamp_min(LEAST_SHARE);
+        Some(share_t1.log().mean().neg())
     }
 
     /// z-loss `mean(logsumexp(logits)²)` (arXiv 2202.08906): keeps router logits small.
