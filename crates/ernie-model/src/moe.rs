@@ -53,9 +53,6 @@ pub struct Moe {
     norm_min: f64,
 }
 
-/// Where the pull loss ends: below it a logarithm's gradient would drown all others.
-const LEAST_SHARE: f64 = 1e-4;
-
 /// How one MoE layer routed one batch.
 #[derive(Debug, Clone)]
 pub struct Routing {
@@ -154,18 +151,59 @@ impl Routing {
         (self.probs_te.clone().mean_dim(0) * share_1e).sum() * experts as f64
     }
 
-    /// `mean(−ln Σ_{e∈f} p_e)`, f the experts that a token was steered to: the router learns to choose them itself. None where nothing was steered.
+    /// `mean(KL(q ‖ p))`, q even over the experts that a token was steered to: the router learns to choose them itself, and all of them. A token that was not
+    /// steered counts 0. None where nothing was steered.
     pub fn pull_loss(&self) -> Option<Tensor<1>> {
-        let favoured = TensorData::new(self.favoured_te.as_ref()?.to_vec(), self.probs_te.dims());
-        let favoured_te = Tensor::<2>::from_data(favoured, &self.probs_te.device());
-        let share_t1 = (self.probs_te.clone() * favoured_te).sum_dim(1).clamp_min(LEAST_SHARE);
-        Some(share_t1.log().mean().neg())
+        let (steered, [tokens, experts]) = (self.favoured_te.as_ref()?, self.probs_te.dims());
+        let (mut even, mut entropy) = (Vec::with_capacity(steered.len()), 0.0);
+        for favoured in steered.chunks(experts) {
+            let count = favoured.iter().sum::<f32>().max(1.0);
+            even.extend(favoured.iter().map(|favoured| favoured / count));
+            entropy += f64::from(count.ln()) / tokens as f64;
+        }
+        let even_te = Tensor::<2>::from_data(TensorData::new(even, [tokens, experts]), &self.probs_te.device());
+        // From the logits: a probability that underflows would have no way back.
+        let lse_t1 = self.log_sum_exp();
+        let cross = (even_te * (lse_t1 - self.logits_te.clone())).sum() / tokens as f64;
+        Some(cross - entropy)
+    }
+
+    /// Over the experts, `[t, 1]`.
+    fn log_sum_exp(&self) -> Tensor<2> {
+        let max_t1 = self.logits_te.clone().detach().max_dim(1);
+        (self.logits_te.clone() - max_t1.clone()).exp().sum_dim(1).log() + max_t1
     }
 
     /// z-loss `mean(logsumexp(logits)²)` (arXiv 2202.08906): keeps router logits small.
     pub fn z_loss(&self) -> Tensor<1> {
-        let max_t1 = self.logits_te.clone().detach().max_dim(1);
-        let lse_t1 = (self.logits_te.clone() - max_t1.clone()).exp().sum_dim(1).log() + max_t1;
-        lse_t1.square().mean()
+        self.log_sum_exp().square().mean()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pull_is_the_divergence_from_the_steered_experts() {
+        let device = crate::inference_device();
+        let logits = [1.0f32, 2.0, 0.0, -1.0, 0.5, 0.5, -200.0, 0.5, 3.0, 1.0, 0.0, 0.0];
+        let logits_te = Tensor::<2>::from_data(TensorData::new(logits.to_vec(), [3, 4]), &device);
+        let favoured = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let routing =
+            Routing { probs_te: softmax(logits_te.clone()), logits_te, indices: Arc::from([0; 6]), favoured_te: Some(favoured.into()) };
+        let ln_p = |row: usize, expert: usize| {
+            let row = &logits[4 * row..4 * row + 4];
+            f64::from(row[expert]) - row.iter().map(|&logit| f64::from(logit).exp()).sum::<f64>().ln()
+        };
+        let expected = (-(ln_p(0, 1) + ln_p(0, 2)) / 2.0 - 2f64.ln() - ln_p(1, 0)) / 3.0;
+        let found = f64::from(ops::scalar(&routing.pull_loss().unwrap()));
+        assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        // Routers that choose so already are left alone.
+        let even_te = Tensor::<2>::from_data(TensorData::new(vec![5.0, 5.0, -50.0, -50.0], [1, 4]), &device);
+        let content =
+            Routing { probs_te: softmax(even_te.clone()), logits_te: even_te, favoured_te: Some([1.0, 1.0, 0.0, 0.0].into()), ..routing };
+        assert!(ops::scalar(&content.pull_loss().unwrap()).abs() < 1e-6);
+        assert!(Routing { favoured_te: None, ..content }.pull_loss().is_none());
     }
 }

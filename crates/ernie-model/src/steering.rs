@@ -2,7 +2,7 @@
 //!
 //! `S = topk(p + bias + steer·f_d)` for the tokens of domain d, f_d the experts that d is given to in this layer; or S at random. The weights of the chosen are
 //! those of the router either way: `w = p[S] / Σ p[S]`. That ratio tells the router nothing about experts that were not chosen, so where steering is to be
-//! learned the loss has `−ln Σ_{e∈f_d} p_e` as well ([`Routing::pull_loss`](crate::moe::Routing::pull_loss)).
+//! learned the loss has `KL(q_d ‖ p)` as well, q_d even over f_d ([`Routing::pull_loss`](crate::moe::Routing::pull_loss)).
 use std::{collections::BTreeMap, sync::Arc};
 
 use ernie_kernels::router;
@@ -39,12 +39,12 @@ pub struct Favoured {
 }
 
 impl Favoured {
-    /// Whether a domain's tokens lean to an expert; a domain that the table does not know leans to all.
+    /// Whether a domain's tokens lean to an expert; those of a domain that the table does not know lean to none.
     fn has(&self, domain: u16, expert: usize) -> bool {
-        self.table.get(usize::from(domain) * self.experts + expert).copied().unwrap_or(true)
+        self.table.get(usize::from(domain) * self.experts + expert).copied().unwrap_or(false)
     }
 
-    /// 1 for the experts that each token leans to, 0 for the others, `[t, experts]` row by row; 1 throughout for tokens of no domain.
+    /// 1 for the experts that each token leans to, 0 for the others, `[t, experts]` row by row.
     pub(crate) fn mask(&self, domains: &[u16]) -> Vec<f32> {
         let row = |&domain: &u16| (0..self.experts).map(move |expert| f32::from(u8::from(self.has(domain, expert))));
         domains.iter().flat_map(row).collect()
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(favoured(0.0).select(&probs, &bias, 2), [0, 1].repeat(3));
         // The correction bias still counts: it brings expert 1 above the favoured 3.
         assert_eq!(favoured(0.5).select(&probs, &[0.0, 0.6, 0.0, 0.0], 2)[..2], [1, 2]);
-        assert_eq!(favoured(0.5).favoured().unwrap(), [0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(favoured(0.5).favoured().unwrap(), [0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
         // A layer without a table goes by its router.
         let other = LayerSteering { layer: 2, ..favoured(0.5) };
         assert_eq!((other.select(&probs, &bias, 2), other.favoured()), ([0, 1].repeat(3), None));

@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::{
-    curriculum::{Curriculum, RoutingKind, difficulty},
+    curriculum::{Curriculum, difficulty},
     data::{self, Prepared, Stream, packing::Batch, priority::Draw, priority::RatioHistogram},
     experts::ExpertUse,
     memory,
@@ -215,6 +215,14 @@ struct StepOutcome {
     experts: Vec<Vec<(usize, Arc<[u32]>)>>,
 }
 
+/// How a step's tokens were spread over experts, by MoE layer.
+struct Used {
+    /// Tokens per expert.
+    usage: BTreeMap<usize, Vec<u64>>,
+    /// Shares that were wanted, where a curriculum wants other than even ones.
+    loads: Option<BTreeMap<usize, Vec<f64>>>,
+}
+
 impl<'a> Trainer<'a> {
     /// `None` when it is stopped before training begins.
     fn open(recipe: &'a Recipe, options: &TrainOptions) -> Result<Option<Self>, TrainError> {
@@ -326,10 +334,9 @@ impl<'a> Trainer<'a> {
         finite(step, "the gradient norm", norm)?;
         let lr = self.schedule.lr(step);
         let StepOutcome { gradients, cross_entropy, extra, usage, token_losses, experts } = outcome;
-        // What was not balanced by routers must not move their balance.
-        let balanced = self.curriculum.as_ref().is_none_or(|curriculum| curriculum.routing(step) == RoutingKind::Balanced);
-        let usage = if balanced { usage } else { BTreeMap::new() };
-        self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &usage);
+        let loads = self.curriculum.as_ref().and_then(|curriculum| curriculum.loads(step));
+        let used = Used { usage, loads };
+        self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &used);
 
         for ((batch, draws), losses) in batches.iter().zip(&draws).zip(&token_losses) {
             self.stream.observe(step, draws, &batch.targets, losses);
@@ -412,15 +419,21 @@ impl<'a> Trainer<'a> {
     }
 
     /// AdamW on everything; then, per router, the orthogonality step and the bias update.
-    fn update(&mut self, lr: f64, gradients: NamedParameters, gradient_scale: f32, usage: &BTreeMap<usize, Vec<u64>>) {
+    fn update(&mut self, lr: f64, gradients: NamedParameters, gradient_scale: f32, used: &Used) {
         let loss = self.recipe.loss.clone();
         let model = self.model.take().expect("the model is only away inside `step`");
         let updated = self.optimizer.update(model, lr, gradients, gradient_scale, |parameter, values| {
             if parameter.name.ends_with("mlp.gate.weight") && loss.orthogonality > 0.0 {
                 routing::orthogonality_step(values, parameter.shape[0], lr * loss.orthogonality);
             }
-            if let Some(usage) = router_layer(parameter).and_then(|layer| usage.get(&layer)) {
-                routing::update_bias(values, usage, loss.bias_update_rate);
+            if let Some((layer, usage)) = router_layer(parameter).and_then(|layer| Some((layer, used.usage.get(&layer)?))) {
+                match &used.loads {
+                    None => routing::update_bias(values, usage, loss.bias_update_rate),
+                    Some(loads) => loads
+                        .get(&layer)
+                        .into_iter()
+                        .for_each(|shares| routing::update_bias_towards(values, usage, shares, loss.bias_update_rate)),
+                }
             }
         });
         self.model = Some(updated);

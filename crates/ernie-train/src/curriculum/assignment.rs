@@ -92,8 +92,7 @@ pub struct Wanted<'a> {
     pub holders: Option<&'a [bool]>,
 }
 
-/// The experts of each domain, `[domains, experts]` row by row, from the advantages in the same shape. A domain without a share has none of its own and is
-/// given all.
+/// The experts of each domain, `[domains, experts]` row by row, from the advantages in the same shape. A domain without a share has none.
 pub fn assign(advantage: &[f64], wanted: &Wanted) -> Vec<bool> {
     let Wanted { shares, experts, top_k, holders } = *wanted;
     let place = |domain: usize, expert: usize| domain * experts + expert;
@@ -137,10 +136,17 @@ pub fn assign(advantage: &[f64], wanted: &Wanted) -> Vec<bool> {
             load[expert] += each(domain);
         }
     }
-    for domain in (0..shares.len()).filter(|&domain| shares[domain] == 0.0) {
-        table[place(domain, 0)..place(domain + 1, 0)].fill(true);
-    }
     table
+}
+
+/// Share of the tokens that each expert of such an assignment is to have, `[experts]`: a domain's share, evenly over its experts.
+pub fn loads(table: &[bool], shares: &[f64], experts: usize) -> Vec<f64> {
+    let mut loads = vec![0.0; experts];
+    for (row, share) in table.chunks(experts).zip(shares) {
+        let each = share / row.iter().filter(|has| **has).count().max(1) as f64;
+        loads.iter_mut().zip(row).filter(|(_, has)| **has).for_each(|(load, _)| *load += each);
+    }
+    loads
 }
 
 /// Homes of each domain: `experts` in all, by share, with at least one for each domain that has a share, where there are as many.
@@ -203,6 +209,7 @@ mod tests {
         let advantage = [0.0, 1.0, 0.0, 1.5, 0.5, 0.0, 0.5, 0.0];
         let table = assign(&advantage, &wanted);
         assert_eq!(lists(&table, 4), [vec![1, 3], vec![0, 2]]);
+        assert_eq!(loads(&table, &[0.75, 0.25], 4), [0.125, 0.375, 0.125, 0.375]);
         // Expert 0 is now a little better in domain 0 than its own expert 1: not enough. Then much better.
         let held = Wanted { holders: Some(&table), ..wanted };
         assert_eq!(assign(&[0.4, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], &held), table);
@@ -241,6 +248,6 @@ mod tests {
     fn a_domain_that_is_not_drawn_takes_nothing_away() {
         let shares = [0.0, 0.5, 0.5];
         let table = assign(&[0.0; 12], &Wanted { shares: &shares, experts: 4, top_k: 2, holders: None });
-        assert_eq!(lists(&table, 4), [vec![0, 1, 2, 3], vec![0, 1], vec![2, 3]]);
+        assert_eq!(lists(&table, 4), [vec![], vec![0, 1], vec![2, 3]]);
     }
 }

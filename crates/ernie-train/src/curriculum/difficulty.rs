@@ -21,7 +21,7 @@ const MAGIC: &[u8; 8] = b"ERNHARD1";
 /// Tokens that the reference reads at a time, if documents are no longer.
 const TOKENS: usize = 4096;
 /// Of a document that is longer than so many contexts, the beginning is scored.
-const CONTEXTS: usize = 8;
+const CONTEXTS: usize = 2;
 /// Time between two notes of how far it is, and two savings.
 const INTERVAL: Duration = Duration::from_secs(15);
 

@@ -5,10 +5,11 @@
 //!
 //! - *uniform*: every token's experts at random, so that each expert learns from a fair sample before any of them is preferred;
 //! - *balanced*: by the router, its correction bias moved towards even use, as without a curriculum;
-//! - *steered*: by the router with `steer` added to the scores of the domain's own experts, and with `pull · mean(−ln Σ_{e∈f_d} p_e)` in the loss, f_d the
-//!   domain's experts. The weights of the chosen are p over its sum, in which experts that were not chosen do not occur: without the second term the router
-//!   would never learn to choose without being steered, and at validation nobody tells it the domain. The assignment of experts is balanced by itself
-//!   ([`assignment`], from the losses of each domain's tokens in each expert), so the balance loss and the bias update rest.
+//! - *steered*: by the router with `steer` added to the scores of the domain's own experts, and with `pull · mean(KL(q_d ‖ p))` in the loss, q_d even over the
+//!   domain's experts. `steer` fades to nothing over the stage, so that at its end routers choose as they will when nobody tells them the domain. The weights of the chosen are p over its sum, in which experts that were not chosen do not occur: without the second term the router
+//!   would never learn to choose without being steered. The assignment of experts
+//!   ([`assignment`], from the losses of each domain's tokens in each expert) is balanced by itself: the balance loss rests, and the correction bias is moved towards
+//!   the loads that the assignment means.
 //!
 //! In every stage, the losses of tokens are gathered by domain and chosen expert, so that the first steered step has something to go by.
 pub mod assignment;
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::Corpus;
 use crate::data::packing::IGNORE;
 use crate::data::random::key;
-use assignment::{Evidence, Wanted, assign};
+use assignment::{Evidence, Wanted, assign, loads};
 
 /// `[curriculum]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,7 +64,7 @@ pub struct Stage {
     /// Shares of the domains by name; by the sources' weights when empty. A domain that is not named is not drawn.
     #[serde(default)]
     pub mixture: BTreeMap<String, f64>,
-    /// Steered: added to the scores of a domain's experts, which are probabilities; at 0 the router is on its own and is only pulled.
+    /// Steered: added at first to the scores of a domain's experts, which are probabilities; it falls on a straight line to 0 at the end of the stage.
     #[serde(default = "default_steer")]
     pub steer: f64,
     /// Steered: weight of the loss that teaches routers to choose so by themselves.
@@ -106,7 +107,7 @@ impl CurriculumConfig {
         (index, (progress - begins) / (self.stage[index].until - begins))
     }
 
-    /// The first step of a stage of a run of `steps`; the stage must have one.
+    /// The first step of a stage of a run of `steps`; the stage must have one, which in a short trial not every stage has.
     fn first_step(&self, index: usize, steps: u64) -> u64 {
         let begins = index.checked_sub(1).map_or(0.0, |before| self.stage[before].until);
         // Below it by rounding at most.
@@ -215,16 +216,31 @@ impl Curriculum {
 
     /// Puts the steering of step `step` into its micro-batch number `micro`.
     pub fn steer(&self, step: u64, micro: usize, batch: &mut PackedBatch) {
-        let stage = &self.config.stage[self.config.stage(step, self.steps).0];
+        let (index, part) = self.config.stage(step, self.steps);
+        let stage = &self.config.stage[index];
         batch.steering = match stage.routing {
             RoutingKind::Balanced => None,
             RoutingKind::Uniform => Some(Steering::Uniform { key: key(self.seed, "uniform routing", step << 16 | micro as u64) }),
             RoutingKind::Steered => batch.domains.clone().map(|domains| Steering::Favoured {
                 domains,
                 layers: self.favoured.clone(),
-                strength: stage.steer as f32,
+                strength: (stage.steer * (1.0 - part)) as f32,
             }),
         };
+    }
+
+    /// The shares of the tokens towards which step `step` moves the correction bias of each MoE layer: of no layer where experts are drawn at random; `None` where it
+    /// is the router's turn and all experts are alike.
+    pub fn loads(&self, step: u64) -> Option<BTreeMap<usize, Vec<f64>>> {
+        let (index, _) = self.config.stage(step, self.steps);
+        match self.config.stage[index].routing {
+            RoutingKind::Balanced => None,
+            RoutingKind::Uniform => Some(BTreeMap::new()),
+            RoutingKind::Steered => {
+                let of = |(&layer, table): (&usize, &Vec<bool>)| (layer, loads(table, &self.shares[index], self.experts));
+                Some(self.state.favoured.iter().map(of).collect())
+            }
+        }
     }
 
     /// The weights of the loss in step `step`, from those of the recipe.

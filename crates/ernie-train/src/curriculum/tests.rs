@@ -89,6 +89,7 @@ fn experts_are_assigned_in_time_by_what_was_seen() {
     whole.steer(11, 0, &mut batch);
     let Some(Steering::Favoured { layers, strength, .. }) = &batch.steering else { panic!("{:?}", batch.steering) };
     assert_eq!((layers[&2].table.clone(), *strength), (expected.clone(), 0.5));
+    assert_eq!((whole.loads(1), whole.loads(5), whole.loads(11).unwrap()[&2].clone()), (Some(BTreeMap::new()), None, vec![0.25; 4]));
     let weights = LossWeights { balance: 0.1, ..LossWeights::default() };
     assert_eq!((whole.weights(5, weights), whole.weights(11, weights).balance, whole.weights(11, weights).pull), (weights, 0.0, 0.05));
 

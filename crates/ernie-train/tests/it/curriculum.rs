@@ -50,7 +50,8 @@ const STAGES: &str = r#"
 stage = [
     { until = 0.1, routing = "uniform" },
     { until = 0.3, routing = "balanced" },
-    { until = 1.0, routing = "steered", steer = 0.5, pull = 0.05, reassign_every = 20 },
+    { until = 0.8, routing = "steered", steer = 0.5, pull = 0.1, reassign_every = 20 },
+    { until = 1.0, routing = "steered", steer = 0.0, pull = 0.1, reassign_every = 1000 },
 ]
 "#;
 
@@ -242,7 +243,6 @@ fn curricula_that_cannot_be_followed_are_refused() {
         ("stage = []", "last stage"),
         ("stage = [{ until = 0.5 }]", "ends at 0.5"),
         ("stage = [{ until = 0.5 }, { until = 0.4 }]", "stage[1].until"),
-        ("stage = [{ until = 0.55 }, { until = 0.56 }, { until = 1.0 }]", "has no step"),
         ("stage = [{ until = 1.0, difficulty = [0.5, 0.5] }]", "quantiles"),
         ("stage = [{ until = 1.0, difficulty_to = [0.0, 0.5] }]", "difficulty_to"),
         ("stage = [{ until = 1.0, difficulty = [0.0, 0.5] }]", "curriculum.reference"),
