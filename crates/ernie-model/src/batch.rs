@@ -1,6 +1,8 @@
 //! A packed batch: documents one after another, with their bounds.
 use std::sync::Arc;
 
+use crate::steering::Steering;
+
 /// Target value of a position that is not scored.
 pub const IGNORE: i32 = ernie_kernels::cross_entropy::IGNORE;
 
@@ -8,7 +10,7 @@ pub const IGNORE: i32 = ernie_kernels::cross_entropy::IGNORE;
 ///
 /// `targets[i]` is the token that follows `ids[i]` in its document, or [`IGNORE`]; `cu_seqlens` is `[0, …, t]`, rising: document `j` holds the
 /// tokens `cu_seqlens[j]..cu_seqlens[j + 1]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct PackedBatch {
     /// Token ids, `[t]`.
     pub ids: Arc<[u32]>,
@@ -18,6 +20,10 @@ pub struct PackedBatch {
     pub cu_seqlens: Arc<[u32]>,
     /// Factors of the tokens' losses, `[t]`; all 1 without them.
     pub weights: Option<Arc<[f32]>>,
+    /// Domain of each token, `[t]`, [`NO_DOMAIN`](crate::steering::NO_DOMAIN) for none; the model itself does not look at it.
+    pub domains: Option<Arc<[u16]>>,
+    /// What decides about experts beside the routers; they alone without it.
+    pub steering: Option<Steering>,
 }
 
 impl PackedBatch {
@@ -32,7 +38,7 @@ impl PackedBatch {
             targets.push(IGNORE);
             cu_seqlens.push(ids.len() as u32);
         }
-        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: cu_seqlens.into(), weights: None }
+        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: cu_seqlens.into(), ..Self::default() }
     }
 
     /// The batch one token further on, for multi-token prediction: for each position the id of the *next* token, and the token after that as
@@ -52,7 +58,7 @@ impl PackedBatch {
                 ids[end - 1] = self.targets[end - 1] as u32;
             }
         }
-        Self { ids: ids.into(), targets: targets.into(), cu_seqlens: self.cu_seqlens.clone(), weights: self.weights.clone() }
+        Self { ids: ids.into(), targets: targets.into(), ..self.clone() }
     }
 
     /// Number of tokens.

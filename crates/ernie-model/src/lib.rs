@@ -19,10 +19,12 @@ pub mod norm;
 pub mod ops;
 pub mod parameters;
 mod recompute;
+pub mod steering;
 pub mod text;
 
 pub use batch::PackedBatch;
 pub use parameters::{LoadError, NamedParameters};
+pub use steering::Steering;
 pub use text::{Ernie, LossWeights, Losses};
 
 /// The CPU, with a tape for gradients.

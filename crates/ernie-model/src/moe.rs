@@ -11,7 +11,8 @@ use crate::{
     mlp::Mlp,
     norm::RmsNorm,
     ops,
-    ops::{ExpertsContext, Precision},
+    ops::{ExpertsContext, LayerContext},
+    steering::LayerSteering,
 };
 use burn::{module::Param, prelude::*, tensor::TensorData};
 use ernie_checkpoint::{Config, MoeConfig};
@@ -63,6 +64,8 @@ pub struct Routing {
     pub indices: Arc<[u32]>,
     /// Their weights, `[t, k]`, on the tape.
     pub weights_tk: Tensor<2>,
+    /// 1 for the experts that each token was steered to, 0 for the others, `[t, e]` row by row; none where routing is not steered by domains.
+    pub favoured_te: Option<Arc<[f32]>>,
 }
 
 impl Moe {
@@ -84,11 +87,12 @@ impl Moe {
     }
 
     /// `x + experts(norm(x))`, `[t, h]`, and how it was routed.
-    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, precision: Precision) -> (Tensor<2>, Routing) {
+    pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, context: &LayerContext) -> (Tensor<2>, Routing) {
+        let (precision, steering) = (context.precision, context.layer_steering.as_ref());
         let z_th = norm.forward(x_th.clone());
         let logits_te = self.gate.forward(z_th.clone());
         let probs_te = softmax(logits_te.clone());
-        let (indices, weights_tk) = self.select(&probs_te);
+        let (indices, weights_tk) = self.select(&probs_te, steering);
         let experts = &self.experts;
         let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k, precision };
         let stacks = [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()];
@@ -96,15 +100,19 @@ impl Moe {
         if let Some(shared) = &self.shared_experts {
             y_th = shared.forward_add(y_th, x_th, norm, precision);
         }
-        (y_th, Routing { logits_te, probs_te, indices, weights_tk })
+        let favoured_te = steering.and_then(LayerSteering::favoured).map(Into::into);
+        (y_th, Routing { logits_te, probs_te, indices, weights_tk, favoured_te })
     }
 
     /// Chosen experts `[t, k]` and their normalised weights `[t, k]` (on the tape: the gradient reaches the router through them).
-    fn select(&self, probs_te: &Tensor<2>) -> (Arc<[u32]>, Tensor<2>) {
+    fn select(&self, probs_te: &Tensor<2>, steering: Option<&LayerSteering>) -> (Arc<[u32]>, Tensor<2>) {
         let [tokens, experts] = probs_te.dims();
         let probs = ops::host_f32(probs_te);
         let bias = ops::host_f32(&self.moe_statics.e_score_correction_bias.val());
-        let indices = router::select(&probs, Some(&bias), experts, self.top_k);
+        let indices = match steering {
+            None => router::select(&probs, Some(&bias), experts, self.top_k),
+            Some(steering) => steering.select(&probs, &bias, self.top_k),
+        };
         let index_data = TensorData::new(indices.iter().map(|&e| e as i64).collect::<Vec<_>>(), [tokens, self.top_k]);
         let index_tk = Tensor::<2, Int>::from_data(index_data, &probs_te.device());
         let chosen_tk = probs_te.clone().gather(1, index_tk);
@@ -150,10 +158,60 @@ impl Routing {
         (self.probs_te.clone().mean_dim(0) * share_1e).sum() * experts as f64
     }
 
+    /// `mean(KL(q ‖ p))`, q even over the experts that a token was steered to: the router learns to choose them itself, and all of them. A token that was not
+    /// steered counts 0. None where nothing was steered.
+    pub fn pull_loss(&self) -> Option<Tensor<1>> {
+        let (steered, [tokens, experts]) = (self.favoured_te.as_ref()?, self.probs_te.dims());
+        let (mut even, mut entropy) = (Vec::with_capacity(steered.len()), 0.0);
+        for favoured in steered.chunks(experts) {
+            let count = favoured.iter().sum::<f32>().max(1.0);
+            even.extend(favoured.iter().map(|favoured| favoured / count));
+            entropy += f64::from(count.ln()) / tokens as f64;
+        }
+        let even_te = Tensor::<2>::from_data(TensorData::new(even, [tokens, experts]), &self.probs_te.device());
+        // From the logits: a probability that underflows would have no way back.
+        let lse_t1 = self.log_sum_exp();
+        let cross = (even_te * (lse_t1 - self.logits_te.clone())).sum() / tokens as f64;
+        Some(cross - entropy)
+    }
+
+    /// Over the experts, `[t, 1]`.
+    fn log_sum_exp(&self) -> Tensor<2> {
+        let max_t1 = self.logits_te.clone().detach().max_dim(1);
+        (self.logits_te.clone() - max_t1.clone()).exp().sum_dim(1).log() + max_t1
+    }
+
     /// z-loss `mean(logsumexp(logits)²)` (arXiv 2202.08906): keeps router logits small.
     pub fn z_loss(&self) -> Tensor<1> {
-        let max_t1 = self.logits_te.clone().detach().max_dim(1);
-        let lse_t1 = (self.logits_te.clone() - max_t1.clone()).exp().sum_dim(1).log() + max_t1;
-        lse_t1.square().mean()
+        self.log_sum_exp().square().mean()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pull_is_the_divergence_from_the_steered_experts() {
+        let device = crate::inference_device();
+        let logits = [1.0f32, 2.0, 0.0, -1.0, 0.5, 0.5, -200.0, 0.5, 3.0, 1.0, 0.0, 0.0];
+        let logits_te = Tensor::<2>::from_data(TensorData::new(logits.to_vec(), [3, 4]), &device);
+        let favoured = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let weights_tk = Tensor::<2>::ones([3, 2], &device);
+        let probs_te = softmax(logits_te.clone());
+        let routing = Routing { probs_te, logits_te, indices: Arc::from([0; 6]), weights_tk, favoured_te: Some(favoured.into()) };
+        let ln_p = |row: usize, expert: usize| {
+            let row = &logits[4 * row..4 * row + 4];
+            f64::from(row[expert]) - row.iter().map(|&logit| f64::from(logit).exp()).sum::<f64>().ln()
+        };
+        let expected = (-(ln_p(0, 1) + ln_p(0, 2)) / 2.0 - 2f64.ln() - ln_p(1, 0)) / 3.0;
+        let found = f64::from(ops::scalar(&routing.pull_loss().unwrap()));
+        assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        // Routers that choose so already are left alone.
+        let even_te = Tensor::<2>::from_data(TensorData::new(vec![5.0, 5.0, -50.0, -50.0], [1, 4]), &device);
+        let content =
+            Routing { probs_te: softmax(even_te.clone()), logits_te: even_te, favoured_te: Some([1.0, 1.0, 0.0, 0.0].into()), ..routing };
+        assert!(ops::scalar(&content.pull_loss().unwrap()).abs() < 1e-6);
+        assert!(Routing { favoured_te: None, ..content }.pull_loss().is_none());
     }
 }

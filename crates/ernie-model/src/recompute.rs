@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// A term of the loss that routing decides.
-type Term = fn(&Routing) -> Tensor<1>;
+type Term = fn(&Routing) -> Option<Tensor<1>>;
 
 impl Ernie {
     /// The training loss of a batch, and the gradients of `share` times it; `total` is off the tape. With `recompute` only the layers' inputs are
@@ -33,7 +33,7 @@ impl Ernie {
         let plain = self.without_tape().model;
         let mut x_th = ops::embedding(plain.embed_tokens.weight.val(), &batch.ids);
         for (index, layer) in plain.layers.iter().enumerate() {
-            let (y_th, chosen) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
+            let (y_th, chosen) = layer.forward(x_th.clone(), &context.of_layer(index, self.config().window(index)));
             inputs.push(std::mem::replace(&mut x_th, y_th));
             choices.push(chosen);
         }
@@ -49,13 +49,18 @@ impl Ernie {
         let mut dx_th = self.backward_to(x_th, scaled(total, share), &mut gradients);
         for ((index, layer), x_th) in self.model.layers.iter().enumerate().zip(inputs).rev() {
             let x_th = leaf(x_th);
-            let (y_th, Choices { routing, gating }) = layer.forward(x_th.clone(), &context.seeing(self.config().window(index)));
+            let (y_th, Choices { routing, gating }) = layer.forward(x_th.clone(), &context.of_layer(index, self.config().window(index)));
             // A number whose gradient with respect to y is dy.
             let mut loss = (y_th * Tensor::from_inner(dx_th)).sum();
             if let Some(routing) = routing {
-                let terms: [(f64, Term); 2] = [(weights.balance, Routing::balance_loss), (weights.z, Routing::z_loss)];
-                for (weight, term) in terms.into_iter().filter(|(weight, _)| *weight != 0.0) {
-                    loss = loss + scaled(term(&routing) / moe_layers * weight, share);
+                let terms: [(f64, Term); 3] = [
+                    (weights.balance, |routing| Some(routing.balance_loss())),
+                    (weights.z, |routing| Some(routing.z_loss())),
+                    (weights.pull, Routing::pull_loss),
+                ];
+                let terms = terms.into_iter().filter(|(weight, _)| *weight != 0.0);
+                for (weight, term) in terms.filter_map(|(weight, term)| Some((weight, term(&routing)?))) {
+                    loss = loss + scaled(term / moe_layers * weight, share);
                 }
             }
             if let Some(gating) = gating.filter(|_| weights.gate != 0.0) {

@@ -75,7 +75,7 @@ impl DecoderLayer {
         match &self.mlp {
             FeedForward::Dense(mlp) => (mlp.forward_add(x_th.clone(), x_th, norm, context.precision), Choices { routing: None, gating }),
             FeedForward::Moe(moe) => {
-                let (y_th, routing) = moe.forward_add(x_th, norm, context.precision);
+                let (y_th, routing) = moe.forward_add(x_th, norm, context);
                 (y_th, Choices { routing: Some(routing), gating })
             }
         }
@@ -173,6 +173,8 @@ pub struct LossWeights {
     pub z: f64,
     /// Of the multi-token-prediction loss.
     pub mtp: f64,
+    /// Of the loss that pulls routers to steered experts, averaged over MoE layers.
+    pub pull: f64,
     /// Of (share of active heads − target)², averaged over layers with gates.
     pub gate: f64,
     /// That target.
@@ -194,6 +196,10 @@ pub struct Losses {
     pub balance: Option<f32>,
     /// Mean z-loss over MoE layers.
     pub z: Option<f32>,
+    /// Mean pull loss over MoE layers, where routing is steered by domains.
+    pub pull: Option<f32>,
+    /// Chosen experts of each MoE layer: (layer, `[t, k]` row by row).
+    pub experts: Vec<(usize, Arc<[u32]>)>,
     /// Tokens per expert for each MoE layer: (layer, `[e]`).
     pub usage: Vec<(usize, Vec<u64>)>,
     /// Share of active heads of each layer with gates, over all tokens: (layer, share).
@@ -254,7 +260,7 @@ impl Ernie {
         let mut x_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
         let mut choices = Vec::new();
         for (index, layer) in self.model.layers.iter().enumerate() {
-            let (y_th, chosen) = layer.forward(x_th, &context.seeing(self.config.window(index)));
+            let (y_th, chosen) = layer.forward(x_th, &context.of_layer(index, self.config.window(index)));
             x_th = y_th;
             choices.push(chosen);
         }
@@ -320,10 +326,21 @@ impl Ernie {
             mtp = Some(ops::scalar(&term));
             total = total + term * weights.mtp;
         }
-        Losses { total, cross_entropy, token_losses, mtp, balance: None, z: None, usage: Vec::new(), active_heads: Vec::new() }
+        Losses {
+            total,
+            cross_entropy,
+            token_losses,
+            mtp,
+            balance: None,
+            z: None,
+            pull: None,
+            experts: Vec::new(),
+            usage: Vec::new(),
+            active_heads: Vec::new(),
+        }
     }
 
-    /// For layers that see all; [`LayerContext::seeing`] for the others.
+    /// Of a batch; [`LayerContext::of_layer`] for each of its layers.
     pub(crate) fn layer_context(&self, batch: &PackedBatch) -> LayerContext {
         let config = &self.config;
         let shape =
@@ -334,7 +351,7 @@ impl Ernie {
             None => cu_seqlens.clone(),
         };
         let attention = AttentionContext { shape, cu_seqlens, window: None, paragraphs, rope: self.rope.clone() };
-        LayerContext { attention, precision: self.precision }
+        LayerContext { attention, precision: self.precision, steering: batch.steering.clone(), layer_steering: None }
     }
 }
 
@@ -348,8 +365,8 @@ impl Losses {
             self.total = self.total.clone() + sum / gate_layers as f64 * weights.gate;
         }
         let layers = routings(choices).count();
-        let mut add = |weight: f64, term: fn(&Routing) -> Tensor<1>| {
-            let sum = routings(choices).map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
+        let mut add = |weight: f64, term: fn(&Routing) -> Option<Tensor<1>>| {
+            let sum = routings(choices).filter_map(|(_, routing)| term(routing)).reduce(|a, b| a + b)?;
             let mean = sum / layers as f64;
             let value = ops::scalar(&mean);
             if weight != 0.0 {
@@ -357,10 +374,12 @@ impl Losses {
             }
             Some(value)
         };
-        let balance = add(weights.balance, Routing::balance_loss);
-        let z = add(weights.z, Routing::z_loss);
+        let balance = add(weights.balance, |routing| Some(routing.balance_loss()));
+        let z = add(weights.z, |routing| Some(routing.z_loss()));
+        let pull = add(weights.pull, Routing::pull_loss);
+        let experts = routings(choices).map(|(layer, routing)| (layer, routing.indices.clone())).collect();
         let usage = routings(choices).map(|(layer, routing)| (layer, routing.usage())).collect();
         let active_heads = gatings(choices).map(|(layer, gating)| (layer, gating.active_share())).collect();
-        Self { balance, z, usage, active_heads, ..self }
+        Self { balance, z, pull, experts, usage, active_heads, ..self }
     }
 }

@@ -19,7 +19,7 @@ use serde_json::Value;
 const MODELS: [&str; 4] = ["dense_bias_mqa", "dense_untied_gqa", "moe_k2", "moe_mtp"];
 const STEPS: usize = 3;
 /// Every term of the training loss takes part.
-const LOSS_WEIGHTS: LossWeights = LossWeights { balance: 0.01, z: 0.001, mtp: 0.1, gate: 0.0, gate_target: 0.0 };
+const LOSS_WEIGHTS: LossWeights = LossWeights { balance: 0.01, z: 0.001, mtp: 0.1, pull: 0.0, gate: 0.0, gate_target: 0.0 };
 
 /// Largest difference of a loss, in nats.
 const LOSS_TOLERANCE: f64 = 1e-5;
@@ -138,7 +138,7 @@ fn batch(golden: &Value) -> Result<PackedBatch, Box<dyn Error>> {
     let targets: Vec<Vec<i32>> = serde_json::from_value(golden["targets"].clone())?;
     let mut cu_seqlens = vec![0];
     ids.iter().for_each(|row| cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + row.len() as u32));
-    Ok(PackedBatch { ids: ids.concat().into(), targets: targets.concat().into(), cu_seqlens: cu_seqlens.into(), weights: None })
+    Ok(PackedBatch { ids: ids.concat().into(), targets: targets.concat().into(), cu_seqlens: cu_seqlens.into(), ..PackedBatch::default() })
 }
 
 /// The largest `‖got − expected‖ / ‖expected − origin‖` of a parameter (without origin: zero), and whose it is. Where the divisor is zero,

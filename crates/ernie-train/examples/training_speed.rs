@@ -168,7 +168,7 @@ impl Batches {
             ids: rows().flat_map(|row| &row[..self.length]).copied().collect(),
             targets: rows().flat_map(|row| &row[1..]).map(|&id| id as i32).collect(),
             cu_seqlens: (0..=self.rows).map(|row| (row * self.length) as u32).collect(),
-            weights: None,
+            ..PackedBatch::default()
         })
     }
 }

@@ -1,5 +1,7 @@
 //! A real training loop: data, schedules, losses, optimizer, crash-safe checkpoints, telemetry.
+pub mod curriculum;
 pub mod data;
+pub mod experts;
 pub mod memory;
 pub mod optimizer;
 pub mod recipe;
@@ -10,7 +12,9 @@ pub mod sweep;
 pub mod telemetry;
 pub mod tokenizer_training;
 mod trainer;
+mod validation;
 
 pub use recipe::{Precision, Recipe};
 pub use sweep::Sweep;
-pub use trainer::{Report, TrainError, TrainOptions, evaluate, export, model_config, train};
+pub use trainer::{Report, TrainError, TrainOptions, export, model_config, train};
+pub use validation::evaluate;

@@ -2,12 +2,14 @@
 //!
 //! [`Recipe::from_file`] refuses unknown keys (naming the line and the nearest valid key), and [`Recipe::validate`]
 //! refuses values that could not train, each message saying what to change.
+mod drawing;
 mod toml_text;
 
 use ernie_checkpoint::Config;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
+use crate::curriculum::CurriculumConfig;
 use crate::data::priority::PriorityConfig;
 use crate::data::sources::Format;
 use crate::memory::Account;
@@ -74,6 +76,9 @@ pub struct Recipe {
     /// Auxiliary losses of the router and of multi-token prediction.
     #[serde(default)]
     pub loss: Loss,
+    /// Which text comes when, and which experts it goes to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub curriculum: Option<CurriculumConfig>,
     /// A second, smaller copy of the finished model, to be shipped.
     pub export: Option<Export>,
 }
@@ -261,6 +266,15 @@ pub struct Source {
     /// answers to a request for them. Dialogue formats always use the template; other formats refuse it.
     #[serde(default)]
     pub template: bool,
+    /// The domain that its text belongs to, for the curriculum and the statistics of experts; its own name when absent.
+    pub domain: Option<String>,
+}
+
+impl Source {
+    /// Name of its domain.
+    pub fn domain(&self) -> &str {
+        self.domain.as_deref().unwrap_or(&self.name)
+    }
 }
 
 /// `[optimizer]`: AdamW with decoupled decay, as in `torch.optim.AdamW`.
@@ -398,6 +412,7 @@ impl Recipe {
         self.validate_run()?;
         self.validate_data()?;
         self.validate_optimization()?;
+        drawing::check_curriculum(self, config)?;
         let vocab = config.vocab_size;
         if vocab != self.tokenizer.vocab_size {
             let problem = format!("{} pieces, but model.vocab_size is {vocab}", self.tokenizer.vocab_size);
@@ -484,7 +499,7 @@ impl Recipe {
             return Err(invalid("data.validation_fraction", format!("{} is out of range", data.validation_fraction), "give 0 to 0.5"));
         }
         if let Some(priority) = &data.priority {
-            validate_priority(priority, &data.source)?;
+            drawing::check_priority(priority, &data.source)?;
         }
         if data.source.is_empty() {
             return Err(invalid("data.source", "there is no source", "add a [[data.source]] table"));
@@ -554,36 +569,6 @@ impl Recipe {
             return Err(invalid(key, error.to_string(), "or leave [schedule] out for the default"));
         }
         Ok(())
-    }
-}
-
-fn validate_priority(priority: &PriorityConfig, sources: &[Source]) -> Result<(), Error> {
-    for (key, value, low, high) in [
-        ("alpha", priority.alpha, 0.0, 8.0),
-        ("beta", priority.beta[0], 0.0, 1.0),
-        ("beta", priority.beta[1], 0.0, 1.0),
-        ("epsilon", priority.epsilon, 1e-6, 100.0),
-        ("floor", priority.floor, 1e-3, 1.0),
-        ("least_gain", priority.least_gain, 1.0, f64::MAX),
-    ] {
-        if !(low..=high).contains(&value) {
-            return Err(invalid(
-                format!("data.priority.{key}"),
-                format!("{value} is out of range"),
-                format!("give a number from {low} to {high}"),
-            ));
-        }
-    }
-    if priority.staleness == 0 {
-        return Err(invalid("data.priority.staleness", "it is 0", "give a number of steps above 0"));
-    }
-    match sources.iter().position(|source| source.epochs_max.is_some()) {
-        Some(index) => Err(invalid(
-            format!("data.source[{index}].epochs_max"),
-            "rows that are drawn by priority have no passes",
-            "remove it, or data.priority",
-        )),
-        None => Ok(()),
     }
 }
 

@@ -4,14 +4,22 @@
 /// `moe_correction_bias_adjust_callback`). `usage` counts tokens per expert over the whole step.
 pub fn update_bias(bias: &mut [f32], usage: &[u64], rate: f64) {
     let mean = usage.iter().sum::<u64>() as f64 / usage.len() as f64;
-    for (bias, &used) in bias.iter_mut().zip(usage) {
-        let direction = match mean.partial_cmp(&(used as f64)) {
-            Some(std::cmp::Ordering::Greater) => 1.0,
-            Some(std::cmp::Ordering::Less) => -1.0,
-            _ => 0.0,
-        };
-        *bias += (rate * direction) as f32;
-    }
+    bias.iter_mut().zip(usage).for_each(|(bias, &used)| step_towards(bias, used, mean, rate));
+}
+
+/// The same towards use in given shares, which sum to 1: `bias += rate · sign(share · sum(usage) − usage)`.
+pub fn update_bias_towards(bias: &mut [f32], usage: &[u64], shares: &[f64], rate: f64) {
+    let sum = usage.iter().sum::<u64>() as f64;
+    bias.iter_mut().zip(usage).zip(shares).for_each(|((bias, &used), share)| step_towards(bias, used, share * sum, rate));
+}
+
+fn step_towards(bias: &mut f32, used: u64, wanted: f64, rate: f64) {
+    let direction = match wanted.partial_cmp(&(used as f64)) {
+        Some(std::cmp::Ordering::Greater) => 1.0,
+        Some(std::cmp::Ordering::Less) => -1.0,
+        _ => 0.0,
+    };
+    *bias += (rate * direction) as f32;
 }
 
 /// `‖ŴŴᵀ − I‖² / e²` of a router's weights `[e, h]`, rows normalised (ERNIE's `ortho_loss_callback`).
@@ -67,6 +75,8 @@ mod tests {
         let mut bias = [30.0, 30.0, 30.0, 30.0];
         update_bias(&mut bias, &[10, 0, 5, 5], 1e-3);
         assert_eq!(bias, [29.999, 30.001, 30.0, 30.0]);
+        update_bias_towards(&mut bias, &[10, 0, 5, 5], &[0.5, 0.0, 0.125, 0.375], 1e-3);
+        assert_eq!(bias, [29.999, 30.001, 29.999, 30.001]);
     }
 
     /// Rows of a small made-up matrix.

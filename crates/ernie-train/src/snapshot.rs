@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    curriculum::RoutingState,
     data::packing::DataState,
     optimizer::{AdamW, Moments},
 };
@@ -55,6 +56,9 @@ pub struct Position {
     /// Steps since the last line of the metrics.
     #[serde(default)]
     pub unlogged: Unlogged,
+    /// What a curriculum has learned of the experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub curriculum: Option<RoutingState>,
     /// Hash of the recipe's parts that decide the result; a changed recipe must not continue an old run.
     pub recipe: String,
 }

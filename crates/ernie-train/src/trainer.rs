@@ -13,7 +13,9 @@ use std::{
 };
 
 use crate::{
-    data::{self, Corpus, Prepared, Stream, packing::Batch, priority::Draw},
+    curriculum::{Curriculum, difficulty},
+    data::{self, Prepared, Stream, packing::Batch, priority::Draw, priority::RatioHistogram},
+    experts::ExpertUse,
     memory,
     optimizer::{self, AdamW, AdamWConfig},
     recipe::{self, Recipe},
@@ -21,8 +23,9 @@ use crate::{
     schedule::{Schedule, ScheduleError},
     snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
     telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
+    validation::{Validated, validate},
 };
-use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions};
+use ernie_checkpoint::{Config, SaveDtype, SaveOptions};
 use ernie_model::{
     Ernie, LoadError, LossWeights, Losses, NamedParameters, PackedBatch,
     parameters::{self, Parameter},
@@ -115,6 +118,15 @@ pub struct Report {
     pub seconds: f64,
     /// Validation loss per source in nats per token, if finished.
     pub validation: Vec<(String, f64)>,
+    /// Where the experts' tokens came from at the end, on validation documents; of a finished model with experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertUse>,
+    /// Share of active heads on validation documents, of each layer with gates, if finished.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub active_heads: Vec<(usize, f64)>,
+    /// How rows were drawn at the end, where they are drawn by priority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<RatioHistogram>,
     /// The model directory: the finished model, or the last checkpoint.
     pub model_dir: PathBuf,
     /// The most memory that this process has had, in bytes, where the system tells (Linux: VmHWM).
@@ -128,7 +140,7 @@ pub struct Report {
 /// # Errors
 /// See [`TrainError`]. The last checkpoint is whole whatever happens.
 pub fn train(recipe: &Recipe, options: &TrainOptions) -> Result<Report, TrainError> {
-    let mut trainer = Trainer::open(recipe, options)?;
+    let Some(mut trainer) = Trainer::open(recipe, options)? else { return Ok(not_begun(recipe)) };
     while trainer.position.step < trainer.total_steps {
         if options.stop.load(Ordering::Relaxed) {
             return trainer.interrupted();
@@ -137,26 +149,14 @@ pub fn train(recipe: &Recipe, options: &TrainOptions) -> Result<Report, TrainErr
         let step = trainer.position.step;
         let last = step == trainer.total_steps;
         if step.is_multiple_of(recipe.run.validate_every) || last {
-            let losses = trainer.validate();
-            trainer.telemetry.validation(step, &losses)?;
+            let Validated { losses, experts, .. } = trainer.validate();
+            trainer.telemetry.validation(step, &losses, experts)?;
         }
         if step.is_multiple_of(recipe.run.checkpoint_every) || last {
             trainer.checkpoint()?;
         }
     }
     trainer.finish()
-}
-
-/// Mean loss per source of a model on the recipe's validation documents, in nats per token.
-///
-/// # Errors
-/// If the data cannot be prepared.
-pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, data_root: Option<&Path>) -> Result<Vec<(String, f64)>, TrainError> {
-    let root = recipe.data_root(data_root)?;
-    let prepared = data::prepare(recipe, &root, &mut |_| {})?;
-    let mut model = Ernie::load(checkpoint, &ernie_model::training_device())?;
-    model.reserve_positions(recipe.data.sequence_length);
-    Ok(validation_losses(&model, &prepared.corpus, recipe))
 }
 
 /// The typed configuration of a recipe's `[model]`.
@@ -189,6 +189,7 @@ struct Trainer<'a> {
     config: Config,
     prepared: Prepared,
     stream: Stream,
+    curriculum: Option<Curriculum>,
     schedule: Schedule,
     total_steps: u64,
     /// None only while a step moves it through the optimizer.
@@ -210,10 +211,21 @@ struct StepOutcome {
     usage: BTreeMap<usize, Vec<u64>>,
     /// Of each micro-batch.
     token_losses: Vec<Vec<f32>>,
+    /// Chosen experts by MoE layer, of each micro-batch.
+    experts: Vec<Vec<(usize, Arc<[u32]>)>>,
+}
+
+/// How a step's tokens were spread over experts, by MoE layer.
+struct Used {
+    /// Tokens per expert.
+    usage: BTreeMap<usize, Vec<u64>>,
+    /// Shares that were wanted, where a curriculum wants other than even ones.
+    loads: Option<BTreeMap<usize, Vec<f64>>>,
 }
 
 impl<'a> Trainer<'a> {
-    fn open(recipe: &'a Recipe, options: &TrainOptions) -> Result<Self, TrainError> {
+    /// `None` when it is stopped before training begins.
+    fn open(recipe: &'a Recipe, options: &TrainOptions) -> Result<Option<Self>, TrainError> {
         let config = model_config(recipe)?;
         recipe.validate(&config, memory::available_bytes())?;
         let total_steps = recipe.total_steps();
@@ -226,11 +238,20 @@ impl<'a> Trainer<'a> {
         std::fs::create_dir_all(&recipe.run.out).map_err(|source| TrainError::Io { path: recipe.run.out.clone(), source })?;
         let lock = lock(&recipe.run.out)?;
         let quiet = options.quiet;
-        let prepared = data::prepare(recipe, &root, &mut |doing| {
+        let mut say = |doing: &str| {
             if !quiet {
                 eprintln!("{doing}");
             }
-        })?;
+        };
+        let prepared = data::prepare(recipe, &root, &mut say)?;
+        let staged = recipe.curriculum.as_ref();
+        let difficulty = match staged.filter(|staged| staged.uses_difficulty()).and_then(|staged| staged.reference.as_ref()) {
+            None => None,
+            Some(reference) => match difficulty::score(recipe, &reference.model, &prepared, &options.stop, &mut say)? {
+                None => return Ok(None),
+                scored => scored,
+            },
+        };
         let fingerprint = recipe_fingerprint(recipe);
         let (length, seed) = (recipe.data.sequence_length, recipe.run.seed);
         let adamw = AdamWConfig {
@@ -241,24 +262,26 @@ impl<'a> Trainer<'a> {
         };
         let mut optimizer = AdamW::new(adamw);
         let device = ernie_model::training_device();
+        let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), state);
         let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
             Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
                 return Err(TrainError::OtherRun { out: recipe.run.out.clone() });
             }
             Some(Snapshot { model, position, moments, .. }) => {
-                let stream = Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, Some(position.data.clone()))?;
+                let stream = open(Some(position.data.clone()))?;
                 optimizer.step = position.step;
                 optimizer.moments = moments;
                 (Ernie::load(&model, &device)?, stream, position)
             }
             None => {
-                let stream = Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, None)?;
+                let stream = open(None)?;
                 let position = Position {
                     step: 0,
                     tokens: 0,
                     seconds: 0.0,
                     data: stream.state().clone(),
                     unlogged: Unlogged::default(),
+                    curriculum: None,
                     recipe: fingerprint,
                 };
                 (Ernie::init(&config, &device, seed), stream, position)
@@ -270,11 +293,14 @@ impl<'a> Trainer<'a> {
             &recipe.run.out,
             &TelemetryOptions { title: recipe.run.name.clone(), total_steps, resume_step: position.step, quiet },
         )?;
-        Ok(Self {
+        let state = position.curriculum.clone();
+        let curriculum = staged.map(|staged| Curriculum::new(staged.clone(), &config, &prepared.corpus, seed, total_steps, state));
+        Ok(Some(Self {
             recipe,
             config,
             prepared,
             stream,
+            curriculum,
             schedule,
             total_steps,
             model: Some(model),
@@ -282,7 +308,7 @@ impl<'a> Trainer<'a> {
             position,
             telemetry,
             _lock: lock,
-        })
+        }))
     }
 
     fn model(&self) -> &Ernie {
@@ -296,18 +322,29 @@ impl<'a> Trainer<'a> {
         let next = |_| self.stream.next_batch(step, self.total_steps).map(|(batch, draws)| (packed(batch, &draws), draws));
         let batches = (0..self.recipe.data.gradient_accumulation).map(next).collect::<Result<Vec<_>, _>>()?;
         let gain = self.stream.gain();
-        let (batches, draws): (Vec<PackedBatch>, Vec<Vec<Draw>>) = batches.into_iter().unzip();
-        let mut outcome = self.gradients(&batches);
+        let (mut batches, draws): (Vec<PackedBatch>, Vec<Vec<Draw>>) = batches.into_iter().unzip();
+        if let Some(curriculum) = &mut self.curriculum {
+            curriculum.begin(step);
+            batches.iter_mut().enumerate().for_each(|(micro, batch)| curriculum.steer(step, micro, batch));
+        }
+        let mut outcome = self.gradients(step, &batches);
         outcome.extra.extend(gain.map(|gain| ("sampling_gain".to_string(), gain)));
         finite(step, "the loss", outcome.cross_entropy)?;
         let norm = optimizer::global_norm(&outcome.gradients);
         finite(step, "the gradient norm", norm)?;
         let lr = self.schedule.lr(step);
-        let StepOutcome { gradients, cross_entropy, extra, usage, token_losses } = outcome;
-        self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &usage);
+        let StepOutcome { gradients, cross_entropy, extra, usage, token_losses, experts } = outcome;
+        let loads = self.curriculum.as_ref().and_then(|curriculum| curriculum.loads(step));
+        let used = Used { usage, loads };
+        self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &used);
 
         for ((batch, draws), losses) in batches.iter().zip(&draws).zip(&token_losses) {
             self.stream.observe(step, draws, &batch.targets, losses);
+        }
+        if let Some(curriculum) = &mut self.curriculum {
+            let seen = batches.iter().zip(&experts).zip(&token_losses);
+            curriculum.observe(seen.map(|((batch, experts), losses)| (batch, experts.as_slice(), losses.as_slice())));
+            self.position.curriculum = Some(curriculum.state().clone());
         }
         let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum::<u64>();
         let seconds = start.elapsed().as_secs_f64();
@@ -336,21 +373,29 @@ impl<'a> Trainer<'a> {
     }
 
     /// Gradients of the mean loss over the scored tokens of all batches together: each batch counts by its share of them.
-    fn gradients(&self, batches: &[PackedBatch]) -> StepOutcome {
+    fn gradients(&self, step: u64, batches: &[PackedBatch]) -> StepOutcome {
         let loss = &self.recipe.loss;
-        let weights =
-            LossWeights { balance: loss.balance, z: loss.z_loss, mtp: loss.mtp_weight, gate: loss.gate, gate_target: loss.gate_target };
+        let weights = LossWeights {
+            balance: loss.balance,
+            z: loss.z_loss,
+            mtp: loss.mtp_weight,
+            pull: 0.0,
+            gate: loss.gate,
+            gate_target: loss.gate_target,
+        };
+        let weights = self.curriculum.as_ref().map_or(weights, |curriculum| curriculum.weights(step, weights));
         let scored = batches.iter().map(PackedBatch::scored).sum::<usize>().max(1) as f64;
         let mut outcome = StepOutcome::default();
         for batch in batches {
             let share = batch.scored() as f64 / scored;
             let (losses, gradients) = self.model().loss_and_gradients(batch, &weights, share, self.recipe.run.recompute);
-            let Losses { cross_entropy, mtp, balance, z, usage, token_losses, active_heads, .. } = losses;
+            let Losses { cross_entropy, mtp, balance, z, pull, usage, token_losses, experts, active_heads, .. } = losses;
             let layers = active_heads.len() as f64;
             let active = (layers > 0.0).then(|| (active_heads.iter().map(|(_, share)| share).sum::<f64>() / layers) as f32);
             outcome.cross_entropy += share * cross_entropy as f64;
             outcome.token_losses.push(token_losses);
-            for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z), ("active_heads", active)] {
+            outcome.experts.push(experts);
+            for (name, value) in [("mtp", mtp), ("balance", balance), ("z", z), ("pull", pull), ("active_heads", active)] {
                 if let Some(value) = value {
                     *outcome.extra.entry(name.to_string()).or_default() += share * value as f64;
                 }
@@ -374,22 +419,28 @@ impl<'a> Trainer<'a> {
     }
 
     /// AdamW on everything; then, per router, the orthogonality step and the bias update.
-    fn update(&mut self, lr: f64, gradients: NamedParameters, gradient_scale: f32, usage: &BTreeMap<usize, Vec<u64>>) {
+    fn update(&mut self, lr: f64, gradients: NamedParameters, gradient_scale: f32, used: &Used) {
         let loss = self.recipe.loss.clone();
         let model = self.model.take().expect("the model is only away inside `step`");
         let updated = self.optimizer.update(model, lr, gradients, gradient_scale, |parameter, values| {
             if parameter.name.ends_with("mlp.gate.weight") && loss.orthogonality > 0.0 {
                 routing::orthogonality_step(values, parameter.shape[0], lr * loss.orthogonality);
             }
-            if let Some(usage) = router_layer(parameter).and_then(|layer| usage.get(&layer)) {
-                routing::update_bias(values, usage, loss.bias_update_rate);
+            if let Some((layer, usage)) = router_layer(parameter).and_then(|layer| Some((layer, used.usage.get(&layer)?))) {
+                match &used.loads {
+                    None => routing::update_bias(values, usage, loss.bias_update_rate),
+                    Some(loads) => loads
+                        .get(&layer)
+                        .into_iter()
+                        .for_each(|shares| routing::update_bias_towards(values, usage, shares, loss.bias_update_rate)),
+                }
             }
         });
         self.model = Some(updated);
     }
 
-    fn validate(&self) -> Vec<(String, f64)> {
-        validation_losses(self.model(), &self.prepared.corpus, self.recipe)
+    fn validate(&self) -> Validated {
+        validate(self.model(), &self.prepared.corpus, self.recipe)
     }
 
     fn checkpoint(&mut self) -> Result<PathBuf, TrainError> {
@@ -400,7 +451,7 @@ impl<'a> Trainer<'a> {
 
     fn interrupted(mut self) -> Result<Report, TrainError> {
         let model_dir = self.checkpoint()?;
-        let report = self.report(false, Vec::new(), model_dir);
+        let report = self.report(None, model_dir);
         self.telemetry.finish()?;
         Ok(report)
     }
@@ -409,14 +460,28 @@ impl<'a> Trainer<'a> {
         let model_dir = self.recipe.run.out.join("model");
         let validation = self.validate();
         export(&model_dir, &self.config, self.model(), &self.prepared.tokenizer_dir, SaveDtype::F32)?;
-        let report = self.report(true, validation, model_dir);
+        let report = self.report(Some(validation), model_dir);
         self.telemetry.finish()?;
         Ok(report)
     }
 
-    fn report(&self, finished: bool, validation: Vec<(String, f64)>, model_dir: PathBuf) -> Report {
+    /// Of a run that is finished if it was validated.
+    fn report(&self, validated: Option<Validated>, model_dir: PathBuf) -> Report {
         let Position { step, tokens, seconds, .. } = self.position;
-        Report { finished, steps: step, tokens, seconds, validation, model_dir, peak_rss_bytes: memory::peak_rss_bytes() }
+        let finished = validated.is_some();
+        let Validated { losses, experts, active_heads } = validated.unwrap_or_default();
+        Report {
+            finished,
+            steps: step,
+            tokens,
+            seconds,
+            validation: losses,
+            experts,
+            active_heads,
+            sampling: self.stream.spread(),
+            model_dir,
+            peak_rss_bytes: memory::peak_rss_bytes(),
+        }
     }
 }
 
@@ -428,6 +493,22 @@ pub fn export(dir: &Path, config: &Config, model: &Ernie, tokenizer_dir: &Path, 
     let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
     ernie_checkpoint::save(dir, config, tensors, &SaveOptions { dtype, ..SaveOptions::default() })?;
     Ok(snapshot::copy_tokenizer(tokenizer_dir, dir)?)
+}
+
+/// Of a run that was stopped before its first step.
+fn not_begun(recipe: &Recipe) -> Report {
+    Report {
+        finished: false,
+        steps: 0,
+        tokens: 0,
+        seconds: 0.0,
+        validation: Vec::new(),
+        experts: None,
+        active_heads: Vec::new(),
+        sampling: None,
+        model_dir: recipe.run.out.clone(),
+        peak_rss_bytes: memory::peak_rss_bytes(),
+    }
 }
 
 /// Takes the run's folder for this process. The operating system gives it back when the process ends, however it ends.
@@ -447,10 +528,17 @@ fn checkpoints(recipe: &Recipe) -> PathBuf {
 }
 
 /// With each row's weight for its tokens, if rows were drawn.
-fn packed(batch: Batch, draws: &[Draw]) -> PackedBatch {
+pub(crate) fn packed(batch: Batch, draws: &[Draw]) -> PackedBatch {
     let of_row = |draw: &Draw| std::iter::repeat_n(draw.weight, batch.sequence_length);
     let weights = (!draws.is_empty()).then(|| draws.iter().flat_map(of_row).collect());
-    PackedBatch { ids: batch.ids.into(), targets: batch.targets.into(), cu_seqlens: batch.cu_seqlens.into(), weights }
+    PackedBatch {
+        ids: batch.ids.into(),
+        targets: batch.targets.into(),
+        cu_seqlens: batch.cu_seqlens.into(),
+        weights,
+        domains: Some(batch.domains.into()),
+        steering: None,
+    }
 }
 
 /// The layer whose router's correction bias this parameter is.
@@ -463,41 +551,20 @@ fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
     if value.is_finite() { Ok(()) } else { Err(TrainError::NotFinite { step, what, value }) }
 }
 
-/// In f32 whatever the training's precision, so that the figures of runs compare.
-fn validation_losses(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Vec<(String, f64)> {
-    let mut model = model.without_tape();
-    model.set_precision(recipe::Precision::F32.into());
-    let (rows, length) = (recipe.data.batch_size, recipe.data.sequence_length);
-    let per_source = recipe.run.validate_tokens as usize / corpus.sources.len();
-    let mut losses = Vec::new();
-    for (index, source) in corpus.sources.iter().enumerate() {
-        let (mut sum, mut scored) = (0.0, 0);
-        for batch in corpus.validation_batches(index, rows, length, per_source) {
-            let batch = packed(batch, &[]);
-            let targets = batch.scored();
-            if targets > 0 {
-                let states_th = model.forward(&batch).states_th;
-                sum += ernie_model::ops::scalar(&model.cross_entropy(states_th, &batch.targets)) as f64 * targets as f64;
-                scored += targets;
-            }
-        }
-        if scored > 0 {
-            losses.push((source.name.clone(), sum / scored as f64));
-        }
-    }
-    losses
-}
-
 /// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
 fn recipe_fingerprint(recipe: &Recipe) -> String {
     let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
     let shape = (recipe.data.sequence_length, recipe.data.batch_size, recipe.data.gradient_accumulation);
     let arithmetic = (recipe.run.precision, recipe.run.recompute);
     // As before there was a choice, where there was none: runs of then go on.
-    let json = match (&recipe.data.priority, arithmetic == Default::default()) {
-        (None, true) => serde_json::to_string(&(decisive, shape)),
-        (None, false) => serde_json::to_string(&(decisive, shape, arithmetic)),
-        (Some(priority), _) => serde_json::to_string(&(decisive, shape, arithmetic, priority)),
+    let json = match (&recipe.curriculum, &recipe.data.priority, arithmetic == Default::default()) {
+        (Some(curriculum), ..) => {
+            let domains: Vec<&str> = recipe.data.source.iter().map(recipe::Source::domain).collect();
+            serde_json::to_string(&(decisive, shape, arithmetic, curriculum, domains))
+        }
+        (None, None, true) => serde_json::to_string(&(decisive, shape)),
+        (None, None, false) => serde_json::to_string(&(decisive, shape, arithmetic)),
+        (None, Some(priority), _) => serde_json::to_string(&(decisive, shape, arithmetic, priority)),
     };
     blake3::hash(json.expect("a recipe is plain data").as_bytes()).to_hex()[..32].to_string()
 }

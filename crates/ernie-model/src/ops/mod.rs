@@ -6,7 +6,10 @@
 //! the oracle of the tests.
 use std::sync::{Arc, OnceLock};
 
-use crate::batch::IGNORE;
+use crate::{
+    batch::IGNORE,
+    steering::{LayerSteering, Steering},
+};
 use burn::{backend::Dispatch, prelude::*};
 pub use ernie_kernels::matmul::Precision;
 use ernie_kernels::{attention::Shape, rope::RopeTable};
@@ -40,12 +43,16 @@ pub struct LayerContext {
     pub attention: AttentionContext,
     /// Of the layer's products; norms, routers and attention itself are in f32.
     pub precision: Precision,
+    /// What decides about experts beside the routers, of a batch and of a layer.
+    pub steering: Option<Steering>,
+    pub(crate) layer_steering: Option<LayerSteering>,
 }
 
 impl LayerContext {
-    /// The same for a layer whose tokens see the last `window` tokens, or all.
-    pub fn seeing(&self, window: Option<usize>) -> Self {
-        Self { attention: AttentionContext { window, ..self.attention.clone() }, ..*self }
+    /// The same for layer `layer`, whose tokens see the last `window` tokens, or all.
+    pub fn of_layer(&self, layer: usize, window: Option<usize>) -> Self {
+        let layer_steering = self.steering.clone().map(|steering| LayerSteering { steering, layer });
+        Self { attention: AttentionContext { window, ..self.attention.clone() }, layer_steering, ..self.clone() }
     }
 }
 

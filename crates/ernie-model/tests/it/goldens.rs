@@ -3,13 +3,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use ernie_checkpoint::Checkpoint;
+use ernie_checkpoint::{Checkpoint, Config};
 use ernie_kernels::adamw;
 use ernie_model::{
     Ernie, LossWeights, Losses, NamedParameters, PackedBatch,
     ops::{self, Precision},
+    steering::{Favoured, Steering},
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -63,7 +65,7 @@ impl Golden {
             cu_seqlens: std::iter::once(0).chain(bounds).collect(),
             ids: ids.concat().into_iter().map(|id| id as u32).collect(),
             targets: targets.concat().into_iter().map(|id| id as i32).collect(),
-            weights: None,
+            ..PackedBatch::default()
         }
     }
 
@@ -144,17 +146,20 @@ fn every_gradient_equals_transformers() {
 #[test]
 fn recomputed_gradients_equal_those_of_one_tape() {
     for golden in Golden::all() {
-        let (mut model, batch) = (golden.model(), golden.batch());
-        let weights = LossWeights { balance: 0.3, z: 0.2, ..golden.loss_weights() };
+        let mut model = golden.model();
+        let weights = LossWeights { balance: 0.3, z: 0.2, pull: 0.4, ..golden.loss_weights() };
         let dense = model.config().moe.is_none();
-        for (precision, share) in [(Precision::F32, 1.0), (Precision::F32, 0.37), (Precision::Int8Mixed, 0.37)] {
+        let steered = PackedBatch { steering: Some(steering(model.config(), golden.batch().tokens())), ..golden.batch() };
+        let cases = [(Precision::F32, 1.0, golden.batch()), (Precision::F32, 0.37, steered), (Precision::Int8Mixed, 0.37, golden.batch())];
+        for (precision, share, batch) in cases {
             model.set_precision(precision);
             let (whole, expected) = model.loss_and_gradients(&batch, &weights, share, false);
             let (parts, gradients) = model.loss_and_gradients(&batch, &weights, share, true);
-            let numbers = |losses: &Losses| (losses.cross_entropy, losses.mtp, losses.balance, losses.z);
+            let numbers = |losses: &Losses| (losses.cross_entropy, losses.mtp, losses.balance, losses.z, losses.pull);
             assert_eq!(numbers(&parts), numbers(&whole), "{}", golden.name);
             assert!((ops::scalar(&parts.total) - ops::scalar(&whole.total)).abs() <= 1e-6 * ops::scalar(&whole.total), "{}", golden.name);
-            assert_eq!(parts.usage, whole.usage, "{}", golden.name);
+            assert_eq!(parts.pull.is_some(), batch.steering.is_some() && !dense);
+            assert_eq!((&parts.usage, &parts.experts), (&whole.usage, &whole.experts), "{}", golden.name);
             assert_eq!(gradients.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{}", golden.name);
             if dense {
                 assert_eq!(gradients, expected, "{} in {precision:?}", golden.name);
@@ -173,6 +178,15 @@ fn recomputed_gradients_equal_those_of_one_tape() {
             }
         }
     }
+}
+
+/// Two domains, every second token of each; one leans to the even experts, the other to the first.
+fn steering(config: &Config, tokens: usize) -> Steering {
+    let experts = config.moe.as_ref().map_or(1, |moe| moe.num_experts);
+    let table = (0..2 * experts).map(|place| if place < experts { place % 2 == 0 } else { place == experts }).collect();
+    let layers = (0..config.num_hidden_layers).map(|layer| (layer, Favoured { table: Vec::clone(&table), experts })).collect();
+    let domains = (0..tokens).map(|token| (token % 2) as u16).collect();
+    Steering::Favoured { domains, layers: Arc::new(layers), strength: 0.3 }
 }
 
 /// ‖a − b‖ / ‖b‖; a gradient that is exactly zero there (an expert no token chose) must be zero here.

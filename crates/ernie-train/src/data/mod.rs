@@ -191,6 +191,8 @@ pub struct TokenSource {
     pub weight: f64,
     /// Passes after which it is no longer drawn from.
     pub epochs_max: Option<f64>,
+    /// Number of its domain in [`Corpus::domains`].
+    pub domain: u16,
     /// Its tokens.
     pub shard: Shard,
 }
@@ -200,6 +202,8 @@ pub struct TokenSource {
 pub struct Corpus {
     /// The sources in the recipe's order.
     pub sources: Vec<TokenSource>,
+    /// Names of the sources' domains, in the order in which they first come.
+    pub domains: Vec<String>,
     /// Hash of the tokens, the weights and the limits: a data position is valid for one corpus only.
     pub fingerprint: String,
 }
@@ -242,6 +246,7 @@ pub fn prepare(recipe: &Recipe, root: &Path, progress: &mut dyn FnMut(&str)) -> 
     }
     let mut sources = Vec::with_capacity(hashed.len());
     let mut fingerprint = blake3::Hasher::new();
+    let mut domains: Vec<String> = Vec::new();
     for (source, found) in recipe.data.source.iter().zip(&hashed) {
         let key = shard_key(source, found, &encoder, recipe.data.validation_fraction);
         let path = cache.join(format!("{}-{}.tokens", source.name, &key.to_hex()[..16]));
@@ -255,10 +260,15 @@ pub fn prepare(recipe: &Recipe, root: &Path, progress: &mut dyn FnMut(&str)) -> 
             }
         };
         fingerprint.update(key.as_bytes()).update(&source.weight.to_le_bytes()).update(&source.epochs_max.unwrap_or(0.0).to_le_bytes());
-        sources.push(TokenSource { name: source.name.clone(), weight: source.weight, epochs_max: source.epochs_max, shard });
+        let domain = domains.iter().position(|name| name == source.domain()).unwrap_or_else(|| {
+            domains.push(source.domain().to_owned());
+            domains.len() - 1
+        });
+        let (name, domain) = (source.name.clone(), domain as u16);
+        sources.push(TokenSource { name, weight: source.weight, epochs_max: source.epochs_max, domain, shard });
     }
     let fingerprint = fingerprint.finalize().to_hex()[..32].to_owned();
-    Ok(Prepared { tokenizer_dir, corpus: Arc::new(Corpus { sources, fingerprint }) })
+    Ok(Prepared { tokenizer_dir, corpus: Arc::new(Corpus { sources, domains, fingerprint }) })
 }
 
 fn shard_key(source: &Source, found: &HashedFiles, encoder: &Encoder, validation_fraction: f64) -> blake3::Hash {

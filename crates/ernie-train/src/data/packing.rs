@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use super::priority::PriorityState;
 use super::random::{key, permutation};
-use super::{Corpus, Error};
+use super::{Corpus, Error, TokenSource};
+use crate::curriculum::sampler::Given;
+use ernie_model::steering::NO_DOMAIN;
 
 /// Target of a position that is not scored: a document's last token, and padding.
 pub const IGNORE: i32 = -100;
@@ -24,6 +26,8 @@ pub struct Batch {
     pub targets: Vec<i32>,
     /// Segment bounds over the flattened tokens, `[0, …, rows · sequence_length]`: documents and rows never share one.
     pub cu_seqlens: Vec<u32>,
+    /// Number of each token's domain in [`Corpus::domains`], [`NO_DOMAIN`] in padded positions; same shape as `ids`.
+    pub domains: Vec<u16>,
     /// Rows.
     pub rows: usize,
     /// Tokens per row.
@@ -31,9 +35,10 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub(super) fn with_capacity(rows: usize, sequence_length: usize) -> Self {
+    pub(crate) fn with_capacity(rows: usize, sequence_length: usize) -> Self {
         let tokens = rows * sequence_length;
-        Self { ids: Vec::with_capacity(tokens), targets: Vec::with_capacity(tokens), cu_seqlens: vec![0], rows, sequence_length }
+        let (ids, targets, domains) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        Self { ids, targets, cu_seqlens: vec![0], domains, rows, sequence_length }
     }
 
     /// Positions that are scored.
@@ -61,6 +66,7 @@ impl Batch {
         if room < self.sequence_length {
             self.ids.resize(self.ids.len() + room, PAD_ID);
             self.targets.resize(self.ids.len(), IGNORE);
+            self.domains.resize(self.ids.len(), NO_DOMAIN);
             self.cu_seqlens.push(self.ids.len() as u32);
         }
     }
@@ -93,6 +99,9 @@ pub struct DataState {
     /// What is known of the rows, where they are drawn by priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<PriorityState>,
+    /// Which rows were given, where a curriculum chooses them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub curriculum: Option<Given>,
 }
 
 /// An endless (up to `epochs_max`) stream of training batches.
@@ -109,7 +118,7 @@ impl Packer {
     /// A stream from the beginning.
     pub fn new(corpus: Arc<Corpus>, seed: u64, rows: usize, sequence_length: usize) -> Self {
         let cursors = vec![Cursor::default(); corpus.sources.len()];
-        let state = DataState { fingerprint: corpus.fingerprint.clone(), seed, batches: 0, cursors, priority: None };
+        let state = DataState { fingerprint: corpus.fingerprint.clone(), seed, batches: 0, cursors, priority: None, curriculum: None };
         Self::at(corpus, state, rows, sequence_length)
     }
 
@@ -190,12 +199,12 @@ impl Packer {
     /// Appends what fits the row of the source's document in progress.
     fn append(&mut self, batch: &mut Batch, source: usize) {
         let document = self.document(source);
-        let shard = &self.corpus.sources[source].shard;
+        let from_source = &self.corpus.sources[source];
         let cursor = &mut self.state.cursors[source];
-        let (length, from) = (shard.document_len(document), cursor.offset as usize);
+        let (length, from) = (from_source.shard.document_len(document), cursor.offset as usize);
         let to = length.min(from + batch.room());
         if to > from {
-            append_segment(batch, shard, document, from, to);
+            append_segment(batch, from_source, document, from, to);
         }
         cursor.tokens += (to - from) as u64;
         cursor.offset = to as u64;
@@ -211,13 +220,15 @@ impl Packer {
     }
 }
 
-pub(super) fn append_segment(batch: &mut Batch, shard: &super::shards::Shard, document: u32, from: usize, to: usize) {
+pub(super) fn append_segment(batch: &mut Batch, source: &TokenSource, document: u32, from: usize, to: usize) {
+    let shard = &source.shard;
     shard.read(document, from, to, &mut batch.ids);
     let mut after = Vec::new();
     if to < shard.document_len(document) {
         shard.read(document, to, to + 1, &mut after);
     }
     batch.close_segment(after.first().copied());
+    batch.domains.resize(batch.ids.len(), source.domain);
 }
 
 /// The training documents of a source in one epoch's order.
@@ -244,7 +255,7 @@ impl Corpus {
                     break 'documents;
                 }
                 let to = length.min(from + all.room());
-                append_segment(&mut all, &source.shard, document, from, to);
+                append_segment(&mut all, source, document, from, to);
                 from = to;
             }
         }
@@ -256,6 +267,7 @@ impl Corpus {
             Batch {
                 ids: all.ids[start..end].to_vec(),
                 targets: all.targets[start..end].to_vec(),
+                domains: all.domains[start..end].to_vec(),
                 cu_seqlens: bounds.map(|&bound| bound - start as u32).collect(),
                 rows: (end - start) / sequence_length,
                 sequence_length,

@@ -64,19 +64,36 @@ impl Rows {
         self.sources.partition_point(|source| source.rows.end <= row)
     }
 
+    /// The documents of a row and how many of its tokens are of each.
+    pub fn documents(&self, row: usize) -> Vec<(u32, usize)> {
+        let source = &self.sources[self.source_of(row)];
+        let mut position = (row - source.rows.start) * self.length;
+        let end = (position + self.length).min(source.ends.last().copied().unwrap_or(0));
+        let first = source.ends.partition_point(|&end| end <= position);
+        let mut found = Vec::new();
+        for (&document, &ends) in source.documents[first..].iter().zip(&source.ends[first..]) {
+            if position >= end {
+                break;
+            }
+            found.push((document, ends.min(end) - position));
+            position = ends.min(end);
+        }
+        found
+    }
+
     /// Appends a row to a batch.
-    pub(super) fn append(&self, row: usize, batch: &mut Batch) {
+    pub(crate) fn append(&self, row: usize, batch: &mut Batch) {
         let index = self.source_of(row);
-        let (source, shard) = (&self.sources[index], &self.corpus.sources[index].shard);
+        let (source, tokens) = (&self.sources[index], &self.corpus.sources[index]);
         let mut position = (row - source.rows.start) * self.length;
         let end = (position + self.length).min(source.ends.last().copied().unwrap_or(0));
         let mut place = source.ends.partition_point(|&end| end <= position);
         while position < end {
             let document = source.documents[place];
-            let start = source.ends[place] - shard.document_len(document);
+            let start = source.ends[place] - tokens.shard.document_len(document);
             let to = end.min(source.ends[place]);
             if to > position {
-                append_segment(batch, shard, document, position - start, to - start);
+                append_segment(batch, tokens, document, position - start, to - start);
             }
             position = to;
             place += 1;

@@ -1,9 +1,11 @@
-//! Where a run's batches come from: documents by the mixture's shares, or rows by their priority.
+//! Where a run's batches come from: documents by the mixture's shares, rows by their priority, or rows by a curriculum.
 use std::sync::Arc;
 
 use super::packing::{Batch, DataState, Packer};
-use super::priority::{Draw, PrioritySampler};
+use super::priority::{Draw, PrioritySampler, RatioHistogram};
 use super::{Corpus, Error};
+use crate::curriculum::difficulty::Difficulty;
+use crate::curriculum::sampler::{BatchShape, CurriculumSampler};
 use crate::recipe::Recipe;
 
 /// An endless stream of batches, whose position can be saved.
@@ -13,12 +15,25 @@ pub enum Stream {
     Mixture(Packer),
     /// Rows by what the model makes of them.
     Priority(Box<PrioritySampler>),
+    /// Rows by the stage of the run.
+    Curriculum(Box<CurriculumSampler>),
 }
 
 impl Stream {
     /// The recipe's stream, from a saved position or the beginning; `vocabulary` pieces are what a model knows nothing of at first.
-    pub fn open(recipe: &Recipe, corpus: Arc<Corpus>, vocabulary: usize, state: Option<DataState>) -> Result<Self, Error> {
+    /// A curriculum goes by `difficulty`, if it is known.
+    pub fn open(
+        recipe: &Recipe,
+        corpus: Arc<Corpus>,
+        vocabulary: usize,
+        difficulty: Option<&Difficulty>,
+        state: Option<DataState>,
+    ) -> Result<Self, Error> {
         let (seed, rows, length) = (recipe.run.seed, recipe.data.batch_size, recipe.data.sequence_length);
+        if let Some(config) = recipe.curriculum.clone() {
+            let sampler = CurriculumSampler::open(corpus, config, difficulty, seed, BatchShape { rows, length }, state)?;
+            return Ok(Self::Curriculum(Box::new(sampler)));
+        }
         let Some(config) = recipe.data.priority.clone() else {
             return Ok(Self::Mixture(match state {
                 Some(state) => Packer::resume(corpus, state, rows, length)?,
@@ -36,6 +51,7 @@ impl Stream {
         match self {
             Self::Mixture(packer) => Ok((packer.next_batch()?, Vec::new())),
             Self::Priority(sampler) => Ok(sampler.next_batch(step, steps)),
+            Self::Curriculum(sampler) => Ok((sampler.next_batch(step, steps), Vec::new())),
         }
     }
 
@@ -55,8 +71,16 @@ impl Stream {
     /// What sampling by priority could gain now, if rows are sampled so.
     pub fn gain(&self) -> Option<f64> {
         match self {
-            Self::Mixture(_) => None,
             Self::Priority(sampler) => Some(sampler.gain()),
+            Self::Mixture(_) | Self::Curriculum(_) => None,
+        }
+    }
+
+    /// How the draws of rows differ from uniform ones now, if rows are sampled by priority.
+    pub fn spread(&self) -> Option<RatioHistogram> {
+        match self {
+            Self::Priority(sampler) => Some(sampler.spread()),
+            Self::Mixture(_) | Self::Curriculum(_) => None,
         }
     }
 
@@ -65,6 +89,7 @@ impl Stream {
         match self {
             Self::Mixture(packer) => packer.state(),
             Self::Priority(sampler) => sampler.state(),
+            Self::Curriculum(sampler) => sampler.state(),
         }
     }
 }

@@ -165,8 +165,10 @@ fn shares_follow_the_weights_and_no_document_repeats_in_an_epoch() {
             name: "short".into(),
             weight: 1.0,
             epochs_max: Some(1.0),
+            domain: 0,
             shard: Shard::open(&shard_path(dir.path(), "short"), &shard.key()).unwrap(),
         }],
+        domains: vec!["short".into()],
         fingerprint: "one".into(),
     };
     let length = shard.train_tokens() as usize;

@@ -20,6 +20,7 @@
 //! All runs have one tokenizer, that of the recipe. A run that was stopped goes on where it was, one that is finished is not run again: stopping and
 //! starting a sweep loses nothing. The first arm is what the others are compared with.
 mod page;
+mod pictures;
 mod report;
 
 use std::path::{Path, PathBuf};

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use plotters::prelude::*;
 
+use super::pictures;
 use super::report::{ArmReport, Spread, SweepReport};
 
 const SIZE: (u32, u32) = (760, 420);
@@ -21,7 +22,10 @@ const ARMS: [RGBColor; 6] = [
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}\
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}\
-th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}svg{max-width:100%;height:auto}";
+th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}svg{max-width:100%;height:auto}\
+.picture{font:13px system-ui,sans-serif;margin:.5rem 1rem .5rem 0}.picture text{fill:currentColor}.picture line{stroke:currentColor}\
+.cell,.bar{fill:#005aa0}.cell{stroke:#ccc}\
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}th,td{border-color:#444}.cell,.bar{fill:#6cb6ff}.cell{stroke:#444}}";
 
 pub(super) fn html(report: &SweepReport) -> String {
     let title = escaped(&report.name);
@@ -42,6 +46,7 @@ pub(super) fn html(report: &SweepReport) -> String {
         }
     }
     page.push_str(&sources_table(report));
+    page.push_str(&pictures::pictures(report));
     page.push_str("</html>\n");
     page
 }
@@ -171,13 +176,13 @@ fn draw(
     Ok(())
 }
 
-fn with_error(spread: Spread, decimals: usize) -> String {
+pub(super) fn with_error(spread: Spread, decimals: usize) -> String {
     match spread.standard_error {
         Some(error) => format!("{:.decimals$} ± {error:.decimals$}", spread.mean),
         None => format!("{:.decimals$}", spread.mean),
     }
 }
 
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

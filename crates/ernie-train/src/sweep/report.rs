@@ -67,6 +67,12 @@ pub struct ArmReport {
     pub seconds: Option<Spread>,
     /// Tokens per second.
     pub tokens_per_second: Option<Spread>,
+    /// Mean overlap of the experts' domains at the end, where models have experts.
+    pub overlap: Option<Spread>,
+    /// Share of the least used expert of any layer, times the number of experts.
+    pub least_used: Option<Spread>,
+    /// Share of active heads of each layer with gates, on validation documents.
+    pub active_heads: Vec<(usize, Spread)>,
     /// Against the first arm; none for that itself.
     pub against_first: Option<Comparison>,
 }
@@ -84,6 +90,8 @@ pub struct Comparison {
     pub seconds_to_same_loss: Option<Spread>,
     /// Tokens per second over the first arm's.
     pub speed: Spread,
+    /// Overlap of the experts' domains over the first arm's.
+    pub overlap: Option<Spread>,
 }
 
 /// All that is known of a sweep.
@@ -119,6 +127,10 @@ impl RunReport {
 
     fn speed(&self) -> f64 {
         self.report.tokens as f64 / self.report.seconds.max(f64::MIN_POSITIVE)
+    }
+
+    fn overlap(&self) -> Option<f64> {
+        Some(self.report.experts.as_ref()?.overlap)
     }
 
     /// Steps and seconds at which the loss first was `target` or lower, on straight lines between validations.
@@ -159,6 +171,9 @@ impl ArmReport {
             tokens: spread(&|run| run.report.tokens as f64),
             seconds: spread(&|run| run.report.seconds),
             tokens_per_second: spread(&RunReport::speed),
+            overlap: Spread::of(&runs.iter().filter_map(|run| run.overlap()).collect::<Vec<_>>()),
+            least_used: Spread::of(&runs.iter().filter_map(|run| Some(run.report.experts.as_ref()?.least_used)).collect::<Vec<_>>()),
+            active_heads: active_heads(&runs),
             against_first: if index == 0 { None } else { Comparison::new(&pairs) },
         }
     }
@@ -185,8 +200,18 @@ impl Comparison {
             steps_to_same_loss: Spread::of(&reached.iter().map(|(steps, _)| *steps).collect::<Vec<_>>()),
             seconds_to_same_loss: Spread::of(&reached.iter().map(|(_, seconds)| *seconds).collect::<Vec<_>>()),
             speed: spread(&|run, first| run.speed() / first.speed())?,
+            overlap: Spread::of(&pairs.iter().filter_map(|(run, first)| Some(run.overlap()? / first.overlap()?)).collect::<Vec<_>>()),
         })
     }
+}
+
+/// Of the layers that the first run has gates in.
+fn active_heads(runs: &[&RunReport]) -> Vec<(usize, Spread)> {
+    let Some(first) = runs.first() else { return Vec::new() };
+    let share = |run: &&RunReport, layer: usize| run.report.active_heads.iter().find(|(other, _)| *other == layer).map(|(_, share)| *share);
+    let spread =
+        |&(layer, _): &(usize, f64)| Some((layer, Spread::of(&runs.iter().filter_map(|run| share(run, layer)).collect::<Vec<_>>())?));
+    first.report.active_heads.iter().filter_map(spread).collect()
 }
 
 fn loss_of(run: &RunReport, source: &str) -> Option<f64> {

@@ -1,6 +1,8 @@
 //! Figures of a report from made-up runs.
 use super::report::{RunReport, Spread};
 use super::*;
+use crate::data::priority::RatioHistogram;
+use crate::experts::ExpertUse;
 use crate::telemetry::Validation;
 use crate::trainer::Report;
 
@@ -12,6 +14,7 @@ fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
             tokens: step * 100,
             seconds: step as f64 * 2.0,
             losses: vec![("a".into(), loss - 0.5), ("b".into(), loss + 0.5)],
+            overlap: None,
         }
     };
     let curve: Vec<Validation> = losses.iter().enumerate().map(point).collect();
@@ -22,6 +25,9 @@ fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
         tokens: last.tokens,
         seconds: last.seconds,
         validation: last.losses.clone(),
+        experts: None,
+        active_heads: Vec::new(),
+        sampling: None,
         model_dir: PathBuf::new(),
         peak_rss_bytes: None,
     };
@@ -62,4 +68,28 @@ fn an_arm_that_never_gets_there_has_no_time_for_it() {
     let against = report.arms[1].against_first.as_ref().unwrap();
     assert_eq!((against.steps_to_same_loss, against.loss_difference.standard_error), (None, None));
     assert!(!report.finished());
+}
+
+#[test]
+fn pictures_show_what_arms_chose() {
+    let domains = ["stories".to_owned(), "verse & song".to_owned()];
+    let mut runs = [run(0, 1, &[4.0, 3.0]), run(1, 1, &[4.0, 3.0])];
+    // In the first arm both experts see the same half and half; in the second one each.
+    runs[0].report.experts = ExpertUse::new(&domains, [(1, vec![vec![2, 2], vec![2, 2]])]);
+    runs[1].report.experts = ExpertUse::new(&domains, [(1, vec![vec![4, 0], vec![0, 4]]), (2, vec![vec![3, 0], vec![1, 4]])]);
+    runs[1].report.active_heads = vec![(0, 0.5), (1, 0.25)];
+    runs[1].report.sampling = Some(RatioHistogram::of([0.5, 1.0, 1.1, 2.0]));
+    let report = report(&runs);
+    let [first, second] = &report.arms[..] else { panic!("{} arms", report.arms.len()) };
+    assert_eq!((first.overlap.unwrap().mean, second.overlap.unwrap().mean), (1.0, 0.125));
+    assert_eq!(second.against_first.as_ref().unwrap().overlap.unwrap().mean, 0.125);
+    assert_eq!((second.least_used.unwrap().mean, second.active_heads.len()), (1.0, 2));
+
+    let page = page::html(&report);
+    // Two curves; three layers with experts, one histogram, one chart of heads.
+    assert_eq!((page.matches("<svg").count(), page.matches("class=\"picture\"").count()), (7, 5));
+    assert_eq!(page.matches("fill-opacity=\"0.500\"").count(), 4);
+    assert_eq!(page.matches("fill-opacity=\"0.750\"").count(), 1);
+    assert!(page.contains("verse &amp; song") && !page.contains("verse & song"));
+    assert!(page.contains("0.25 to 0.30: 0 rows") && page.contains("1.00 to 1.19: 2 rows"));
 }

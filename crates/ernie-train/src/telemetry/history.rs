@@ -17,6 +17,8 @@ pub struct Validation {
     pub seconds: f64,
     /// Loss of each source in nats per token.
     pub losses: Vec<(String, f64)>,
+    /// Mean overlap of the experts' domains, of a model with experts.
+    pub overlap: Option<f64>,
 }
 
 impl Validation {
@@ -38,7 +40,9 @@ pub fn validations(dir: &Path) -> Result<Vec<Validation>, TelemetryError> {
                 seconds += metrics.tokens.saturating_sub(tokens) as f64 / metrics.tok_s;
                 tokens = metrics.tokens;
             }
-            Record::Validation { step, losses, .. } => found.push(Validation { step, tokens, seconds, losses }),
+            Record::Validation { step, losses, experts, .. } => {
+                found.push(Validation { step, tokens, seconds, losses, overlap: experts.map(|experts| experts.overlap) });
+            }
         }
     }
     Ok(found)

@@ -2,7 +2,8 @@
 //!
 //! Two kinds of line, both with the step and the wall-clock time in seconds since 1970:
 //! `{"kind":"train","step":7,"time":…,"tokens":…,"loss":…,"lr":…,"grad_norm":…,"tok_s":…,…}` and
-//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`. Losses are nats per token. A number that is not finite is
+//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went.
+//! Losses are nats per token. A number that is not finite is
 //! written as `null`, which is what JSON has for it.
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::TelemetryError;
+use crate::experts::ExpertUse;
 
 /// What one optimizer update reports.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -37,7 +39,7 @@ pub struct StepMetrics {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Record {
     Train { time: f64, metrics: StepMetrics },
-    Validation { time: f64, step: u64, losses: Vec<(String, f64)> },
+    Validation { time: f64, step: u64, losses: Vec<(String, f64)>, experts: Option<ExpertUse> },
 }
 
 /// Keys of a train line that are not `extra`.
@@ -70,9 +72,13 @@ impl Record {
                 }
                 line
             }
-            Self::Validation { time, step, losses } => {
+            Self::Validation { time, step, losses, experts } => {
                 let losses: Map<String, Value> = losses.iter().map(|(source, loss)| (source.clone(), json!(loss))).collect();
-                json!({"kind": "validation", "step": step, "time": time, "losses": losses})
+                let mut line = json!({"kind": "validation", "step": step, "time": time, "losses": losses});
+                if let Some(experts) = experts {
+                    line["experts"] = json!(experts);
+                }
+                line
             }
         }
     }
@@ -109,7 +115,9 @@ impl Record {
                     .map(|(source, loss)| Some((source.clone(), number(loss)?)))
                     .collect::<Option<Vec<_>>>()
                     .ok_or("`losses` holds something that is not a number")?;
-                Ok(Self::Validation { time, step, losses })
+                let experts = line.get("experts").map(|experts| serde_json::from_value(experts.clone())).transpose();
+                let experts = experts.map_err(|error| format!("`experts`: {error}"))?;
+                Ok(Self::Validation { time, step, losses, experts })
             }
             _ => Err("`kind` is neither \"train\" nor \"validation\"".to_string()),
         }
@@ -205,7 +213,12 @@ mod tests {
     }
 
     fn validation(step: u64) -> Record {
-        Record::Validation { time: 1.75e9, step, losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)] }
+        Record::Validation {
+            time: 1.75e9,
+            step,
+            losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)],
+            experts: ExpertUse::new(&["a".into()], [(1, vec![vec![3, step]])]),
+        }
     }
 
     fn written(path: &Path, records: &[Record]) {

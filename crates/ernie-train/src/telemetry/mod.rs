@@ -14,6 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::experts::ExpertUse;
 use curve::Curve;
 pub use history::{Validation, validations};
 pub use metrics::StepMetrics;
@@ -128,14 +129,15 @@ impl Telemetry {
         Ok(())
     }
 
-    /// Records the validation losses after update `step`, in nats per token, one per source.
+    /// Records the validation losses after update `step`, in nats per token, one per source, and where the experts' tokens came from.
     ///
     /// # Errors
     /// [`TelemetryError`] when a file cannot be written.
-    pub fn validation<S: AsRef<str>>(&mut self, step: u64, losses: &[(S, f64)]) -> Result<(), TelemetryError> {
+    pub fn validation<S: AsRef<str>>(&mut self, step: u64, losses: &[(S, f64)], experts: Option<ExpertUse>) -> Result<(), TelemetryError> {
         let losses: Vec<(String, f64)> = losses.iter().map(|(source, loss)| (source.as_ref().to_string(), *loss)).collect();
-        let shown: Vec<String> = losses.iter().map(|(source, loss)| format!("{source} {loss:.4}")).collect();
-        self.record(&Record::Validation { time: now(), step, losses })?;
+        let mut shown: Vec<String> = losses.iter().map(|(source, loss)| format!("{source} {loss:.4}")).collect();
+        shown.extend(experts.iter().map(|experts| format!("overlap of experts {:.3}", experts.overlap)));
+        self.record(&Record::Validation { time: now(), step, losses, experts })?;
         self.message(&format!("validation at step {step}: {}", shown.join("  ")));
         self.refresh()
     }
@@ -176,11 +178,13 @@ impl Telemetry {
                 let scalars = fixed.into_iter().chain(extra).map(|(name, value)| (format!("train/{name}"), value));
                 self.events.scalars(*time, metrics.step, scalars)
             }
-            Record::Validation { time, step, losses } => {
+            Record::Validation { time, step, losses, experts } => {
                 for (source, loss) in losses {
                     self.curve.validation(*step, source, *loss);
                 }
-                let scalars = losses.iter().map(|(source, loss)| (format!("validation/{source}"), *loss));
+                let of_experts = |experts: &ExpertUse| [("overlap", experts.overlap), ("least_used", experts.least_used)];
+                let of_experts = experts.iter().flat_map(of_experts).map(|(name, value)| (format!("experts/{name}"), value));
+                let scalars = losses.iter().map(|(source, loss)| (format!("validation/{source}"), *loss)).chain(of_experts);
                 self.events.scalars(*time, *step, scalars)
             }
         }
@@ -211,7 +215,7 @@ mod tests {
             let metrics = StepMetrics { step, tokens: 100 * step, loss: 9.0 / step as f64, ..StepMetrics::default() };
             telemetry.step(&metrics).unwrap();
             if step.is_multiple_of(5) {
-                telemetry.validation(step, &[("en", 3.0), ("zh", 4.0)]).unwrap();
+                telemetry.validation(step, &[("en", 3.0), ("zh", 4.0)], None).unwrap();
             }
         }
     }

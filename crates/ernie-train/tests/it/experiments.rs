@@ -23,6 +23,9 @@ fn drawing_by_priority_learns_and_goes_on_to_the_same_bits() {
     let metrics = fs::read_to_string(dir.path().join("drawn/metrics.jsonl")).unwrap();
     assert!(metrics.lines().filter(|line| line.contains("\"train\"")).all(|line| line.contains("sampling_gain")));
 
+    assert!(report.sampling.as_ref().unwrap().rows.iter().sum::<u64>() > 50);
+    assert_eq!(by_mixture.sampling, None);
+
     // As if killed after step 117.
     let whole = bits(&report.model_dir);
     fs::remove_dir_all(dir.path().join("drawn/checkpoints/step-00000120")).unwrap();
@@ -56,6 +59,9 @@ fn gates_are_brought_to_their_share_and_cost_little() {
     let last = shares[140..].iter().sum::<f64>() / 10.0;
     assert!(shares[0] > 0.9 && (last - 0.5).abs() < 0.15, "{last} of the heads are active at last, {} at first", shares[0]);
     assert!(Checkpoint::open(&report.model_dir).unwrap().contains("model.layers.1.self_attn.context_gate.decay"));
+    // On validation text the same, layer by layer.
+    let layers = report.active_heads.iter().map(|(_, share)| share).sum::<f64>() / 2.0;
+    assert!(report.active_heads.len() == 2 && (layers - last).abs() < 0.1 && plain.active_heads.is_empty(), "{:?}", report.active_heads);
     // Layers that are computed again for their gradients choose the same heads.
     gated("recomputed", true);
     assert!((active("recomputed")[20] - shares[20]).abs() < 0.02);
@@ -122,7 +128,7 @@ fn a_sweep_trains_every_arm_once_and_compares_them() {
     // The runs end where their own records say, and the first arm is at its own loss at its last step.
     assert!(report.runs.iter().all(|run| (run.curve.last().unwrap().mean() - run.loss).abs() < 1e-9));
     let page = fs::read_to_string(bench.root.join("sweep/report.html")).unwrap();
-    assert!(page.contains("windows &amp; priorities") && page.matches("<svg").count() == 2);
+    assert!(page.contains("windows &amp; priorities") && page.matches("<svg").count() == 6);
     let json: serde_json::Value = serde_json::from_slice(&fs::read(bench.root.join("sweep/report.json")).unwrap()).unwrap();
     assert_eq!(json["runs"].as_array().unwrap().len(), 6);
 

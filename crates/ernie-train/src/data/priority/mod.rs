@@ -6,6 +6,7 @@
 //! expectation. The floor φ keeps every row alive. A row's loss is the one of its last visit while that is no more than `staleness` steps ago, else its
 //! source's running mean, which is also what rows never visited have: whole domains are weighed against each other long before every row has been seen. Sampling is
 //! by priority while √(E r²) / E r, what it could gain over uniform sampling (Katharopoulos and Fleuret, arXiv 1803.00942), is at least `least_gain`.
+mod histogram;
 mod tree;
 
 use std::collections::VecDeque;
@@ -17,6 +18,7 @@ use super::packing::{Batch, DataState};
 use super::random::{key, mix};
 use super::rows::Rows;
 use super::{Corpus, Error};
+pub use histogram::RatioHistogram;
 pub use tree::SumTree;
 
 /// How fast a source's running mean follows its rows' losses.
@@ -109,7 +111,14 @@ impl PrioritySampler {
             loss_bits: vec![0; rows.len()],
             mean_bits: vec![first_loss.to_bits(); corpus.sources.len()],
         };
-        let state = DataState { fingerprint: corpus.fingerprint.clone(), seed, batches: 0, cursors: Vec::new(), priority: Some(state) };
+        let state = DataState {
+            fingerprint: corpus.fingerprint.clone(),
+            seed,
+            batches: 0,
+            cursors: Vec::new(),
+            priority: Some(state),
+            curriculum: None,
+        };
         Self::at(&corpus, rows, config, state, batch_rows, length)
     }
 
@@ -249,6 +258,13 @@ impl PrioritySampler {
         }
         // Rounding carried the number beyond the sum.
         last
+    }
+
+    /// P(i) / b_i of all rows, counted in bins.
+    pub fn spread(&self) -> RatioHistogram {
+        let floor = if self.gain() < self.config.least_gain { 1.0 } else { self.config.floor };
+        let mass = self.mass();
+        RatioHistogram::of((0..self.rows.len()).map(|row| floor + (1.0 - floor) * self.relative_of(row) / mass))
     }
 
     /// r of a row.

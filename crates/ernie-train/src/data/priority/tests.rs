@@ -108,6 +108,13 @@ fn high_losses_come_more_often_and_weigh_less() {
     let (high, low): (Vec<&Draw>, Vec<&Draw>) = late.iter().partition(|draw| loss_of(draw.row) > 3.0);
     let mean_weight = |draws: &[&Draw]| draws.iter().map(|draw| f64::from(draw.weight)).sum::<f64>() / draws.len() as f64;
     assert!(mean_weight(&high) < mean_weight(&low));
+    let rows = sampler.spread().rows;
+    assert!(
+        rows.iter().sum::<u64>() == sampler.rows.len() as u64
+            && rows[16..].iter().any(|&rows| rows > 0)
+            && rows[..16].iter().any(|&rows| rows > 0),
+        "{rows:?}"
+    );
 }
 
 #[test]
@@ -117,6 +124,7 @@ fn without_anything_to_gain_rows_are_drawn_by_their_shares() {
     let mut sampler = sampler(&corpus, PriorityConfig { alpha: 0.0, ..PriorityConfig::default() });
     let draws = visit(&mut sampler, 1..300).concat();
     assert!((sampler.gain() - 1.0).abs() < 1e-12);
+    assert_eq!(sampler.spread().rows[16], sampler.rows.len() as u64);
     assert!(draws.iter().all(|draw| draw.weight == 1.0));
     for (index, source) in sampler.sources.iter().enumerate() {
         let share = draws.iter().filter(|draw| sampler.rows.source_of(draw.row as usize) == index).count() as f64 / draws.len() as f64;

@@ -6,7 +6,8 @@ use std::path::Path;
 use super::{Body, Document, Role, Turn, alternate, malformed};
 use crate::data::Error;
 
-fn rows<T: DeserializeOwned>(text: &str, path: &Path) -> Result<Vec<(usize, T)>, Error> {
+/// Each line with its number.
+pub(super) fn rows<T: DeserializeOwned>(text: &str, path: &Path) -> Result<Vec<(usize, T)>, Error> {
     let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let parse = |(index, line): (usize, &str)| match serde_json::from_str(line) {
         Ok(row) => Ok((index + 1, row)),

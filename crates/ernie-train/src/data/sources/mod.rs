@@ -5,6 +5,7 @@ mod chinese;
 mod dialogue;
 mod fairytaleqa;
 mod files;
+mod medquad;
 mod request;
 mod text;
 
@@ -49,6 +50,8 @@ pub enum Format {
     TurnsJsonl,
     /// ChatterBot corpus: YAML of {categories, conversations}.
     Chatterbot,
+    /// MedQuAD: JSON lines of {focus, question, answer}; answers alone, or with `template` as dialogues.
+    Medquad,
     /// JSON lines of {text}.
     TextJsonl,
     /// JSON lines of {messages: [{role, content}]}.
@@ -58,7 +61,7 @@ pub enum Format {
 impl Format {
     /// Whether `template` may be set: the format's text can be put as dialogues.
     pub fn has_template(self) -> bool {
-        self.has_requests() || self == Self::Fairytaleqa || self.is_dialogue()
+        self.has_requests() || matches!(self, Self::Fairytaleqa | Self::Medquad) || self.is_dialogue()
     }
 
     /// Whether its documents can be put as answers to requests.
@@ -78,7 +81,7 @@ impl Format {
             Self::Separated | Self::Play | Self::Wikitext | Self::Onestopenglish => &["txt"],
             Self::Fairytaleqa => &["csv"],
             Self::ChinesePoetry | Self::Xiehouyu | Self::Kdconv => &["json"],
-            Self::TurnsJsonl | Self::TextJsonl | Self::MessagesJsonl => &["jsonl"],
+            Self::TurnsJsonl | Self::Medquad | Self::TextJsonl | Self::MessagesJsonl => &["jsonl"],
             Self::Chatterbot => &["yml", "yaml"],
         }
     }
@@ -157,6 +160,7 @@ pub fn read_file(source: &Source, file: &SourceFile) -> Result<Vec<Document>, Er
         Format::Kdconv => dialogue::kdconv(&text, path)?,
         Format::TurnsJsonl => dialogue::turns_jsonl(&text, path)?,
         Format::Chatterbot => chatterbot::read(&text, path)?,
+        Format::Medquad => medquad::read(&text, path, source.template)?,
         Format::TextJsonl => dialogue::text_jsonl(&text, path)?,
         Format::MessagesJsonl => dialogue::messages_jsonl(&text, path)?,
     };

@@ -11,7 +11,17 @@ fn fixture(format: Format, relative: &str, template: bool) -> Vec<Document> {
 
 fn source(format: Format, paths: &[&str], template: bool) -> Source {
     let paths = paths.iter().map(|path| (*path).to_owned()).collect();
-    Source { name: "fixture".into(), format, paths, exclude: Vec::new(), weight: 1.0, epochs_max: None, licence: "own".into(), template }
+    Source {
+        name: "fixture".into(),
+        format,
+        paths,
+        exclude: Vec::new(),
+        weight: 1.0,
+        epochs_max: None,
+        licence: "own".into(),
+        template,
+        domain: None,
+    }
 }
 
 fn texts(format: Format, relative: &str) -> Vec<String> {
@@ -53,6 +63,17 @@ fn a_picture_book_loses_its_licence_page_and_must_have_one() {
 #[test]
 fn an_unfinished_last_story_is_left_out() {
     assert_eq!(texts(Format::Separated, "stories.txt"), ["Once there was a dog named Rex. He ran.", "The sun came up.\nIt was warm."]);
+}
+
+#[test]
+fn medical_answers_stay_with_their_subject() {
+    assert_eq!(texts(Format::Medquad, "medquad.jsonl"), ["Too little iron.", "Iron.\n\nAnd rest."]);
+    let dialogues = fixture(Format::Medquad, "medquad.jsonl", true);
+    assert!(dialogues.iter().all(|document| document.split_key.as_deref() == Some("anemia")));
+    let Body::Dialogue(turns) = &dialogues[0].body else { panic!("{dialogues:?}") };
+    assert_eq!((turns[0].content.as_str(), turns[1].content.as_str()), ("What causes Anemia?", "Too little iron."));
+    let message = problem(Format::Medquad, "m.jsonl", b"{\"focus\": \"a\", \"question\": \"b\", \"answer\": \"c\"}\n{\"focus\": \"a\"}\n");
+    assert!(message.contains("line 2") && message.contains("question"), "{message}");
 }
 
 #[test]

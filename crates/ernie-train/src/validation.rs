@@ -1,0 +1,75 @@
+//! What a model makes of the validation documents: losses, experts, heads.
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ernie_checkpoint::Checkpoint;
+use ernie_model::Ernie;
+use ernie_model::steering::NO_DOMAIN;
+
+use crate::data::{self, Corpus};
+use crate::experts::ExpertUse;
+use crate::recipe::{Precision, Recipe};
+use crate::trainer::{TrainError, packed};
+
+/// A model on the validation documents, which tell it nothing of their domains.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Validated {
+    /// Mean loss of each source in nats per token.
+    pub(crate) losses: Vec<(String, f64)>,
+    /// Where the tokens of each domain went, in a model with experts.
+    pub(crate) experts: Option<ExpertUse>,
+    /// Share of active heads of each layer with gates, over all tokens.
+    pub(crate) active_heads: Vec<(usize, f64)>,
+}
+
+/// Mean loss per source of a model on the recipe's validation documents, in nats per token.
+///
+/// # Errors
+/// If the data cannot be prepared.
+pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, data_root: Option<&Path>) -> Result<Vec<(String, f64)>, TrainError> {
+    let root = recipe.data_root(data_root)?;
+    let prepared = data::prepare(recipe, &root, &mut |_| {})?;
+    let mut model = Ernie::load(checkpoint, &ernie_model::training_device())?;
+    model.reserve_positions(recipe.data.sequence_length);
+    Ok(validate(&model, &prepared.corpus, recipe).losses)
+}
+
+/// In f32 whatever the training's precision, so that the figures of runs compare.
+pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Validated {
+    let mut model = model.without_tape();
+    model.set_precision(Precision::F32.into());
+    let (rows, length) = (recipe.data.batch_size, recipe.data.sequence_length);
+    let per_source = recipe.run.validate_tokens as usize / corpus.sources.len();
+    let mut losses = Vec::new();
+    let mut counts: BTreeMap<usize, Vec<Vec<u64>>> = BTreeMap::new();
+    let (mut active, mut tokens) = (BTreeMap::<usize, f64>::new(), 0.0);
+    for (index, source) in corpus.sources.iter().enumerate() {
+        let (mut sum, mut scored) = (0.0, 0);
+        for batch in corpus.validation_batches(index, rows, length, per_source) {
+            let domains = batch.domains.clone();
+            let batch = packed(batch, &[]);
+            let targets = batch.scored();
+            if targets > 0 {
+                let hidden = model.forward(&batch);
+                for (layer, routing) in hidden.routing() {
+                    let counts = counts.entry(layer).or_insert_with(|| vec![vec![0; routing.experts()]; corpus.domains.len()]);
+                    let top_k = routing.indices.len() / domains.len();
+                    for (chosen, &domain) in routing.indices.chunks(top_k).zip(&domains).filter(|(_, domain)| **domain != NO_DOMAIN) {
+                        chosen.iter().for_each(|&expert| counts[usize::from(domain)][expert as usize] += 1);
+                    }
+                }
+                for (layer, gating) in hidden.gating() {
+                    *active.entry(layer).or_default() += gating.active_share() * batch.tokens() as f64;
+                }
+                tokens += batch.tokens() as f64;
+                sum += ernie_model::ops::scalar(&model.cross_entropy(hidden.states_th, &batch.targets)) as f64 * targets as f64;
+                scored += targets;
+            }
+        }
+        if scored > 0 {
+            losses.push((source.name.clone(), sum / scored as f64));
+        }
+    }
+    let active_heads = active.into_iter().map(|(layer, sum)| (layer, sum / tokens)).collect();
+    Validated { losses, experts: ExpertUse::new(&corpus.domains, counts), active_heads }
+}
