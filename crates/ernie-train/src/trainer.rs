@@ -23,7 +23,7 @@ use crate::{
     schedule::{Schedule, ScheduleError},
     snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
     telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
-    validation::{Validated, validate},
+    validation::{Validated, reached, validate},
 };
 use ernie_checkpoint::{Config, SaveDtype, SaveOptions};
 use ernie_model::{
@@ -252,6 +252,10 @@ impl<'a> Trainer<'a> {
                 scored => scored,
             },
         };
+        let reached = match recipe.data.priority.as_ref().and_then(|priority| priority.reference.as_ref()) {
+            None => None,
+            Some(reference) => Some(reached(recipe, reference, &prepared, &mut say)?),
+        };
         let fingerprint = recipe_fingerprint(recipe);
         let (length, seed) = (recipe.data.sequence_length, recipe.run.seed);
         let adamw = AdamWConfig {
@@ -262,7 +266,7 @@ impl<'a> Trainer<'a> {
         };
         let mut optimizer = AdamW::new(adamw);
         let device = ernie_model::training_device();
-        let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), state);
+        let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), reached.as_deref(), state);
         let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
             Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
                 return Err(TrainError::OtherRun { out: recipe.run.out.clone() });

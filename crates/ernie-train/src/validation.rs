@@ -6,9 +6,10 @@ use ernie_checkpoint::Checkpoint;
 use ernie_model::Ernie;
 use ernie_model::steering::NO_DOMAIN;
 
-use crate::data::{self, Corpus};
+use crate::data::encoding::Encoder;
+use crate::data::{self, Corpus, Prepared};
 use crate::experts::ExpertUse;
-use crate::recipe::{Precision, Recipe};
+use crate::recipe::{self, Precision, Recipe};
 use crate::trainer::{TrainError, packed};
 
 /// A model on the validation documents, which tell it nothing of their domains.
@@ -32,6 +33,33 @@ pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, data_root: Option<&Pat
     let mut model = Ernie::load(checkpoint, &ernie_model::training_device())?;
     model.reserve_positions(recipe.data.sequence_length);
     Ok(validate(&model, &prepared.corpus, recipe).losses)
+}
+
+/// Loss of a reference model in each of the run's sources, on their validation text, in nats per token.
+///
+/// # Errors
+/// If the reference cannot be loaded, or has another tokenizer than the run.
+pub(crate) fn reached(recipe: &Recipe, reference: &Path, prepared: &Prepared, say: &mut dyn FnMut(&str)) -> Result<Vec<f64>, TrainError> {
+    let checkpoint = Checkpoint::open(reference)?;
+    let pieces = checkpoint.config().vocab_size;
+    let encoder = Encoder::from_dir(reference)?;
+    if encoder.fingerprint() != Encoder::from_dir(&prepared.tokenizer_dir)?.fingerprint() || pieces < encoder.vocab_size() {
+        let problem = format!("{} has another tokenizer than the run", reference.display());
+        let fix = "give a model that was trained with this tokenizer, or its directory as tokenizer.path".into();
+        return Err(recipe::Error::Invalid { key: "data.priority.reference".into(), problem, fix }.into());
+    }
+    let (length, limit) = (recipe.data.sequence_length, checkpoint.config().max_position_embeddings);
+    if length > limit {
+        let problem = format!("{} was made for {limit} tokens, and rows have {length}", reference.display());
+        let fix = "give a model for longer texts, or a shorter data.sequence_length".into();
+        return Err(recipe::Error::Invalid { key: "data.priority.reference".into(), problem, fix }.into());
+    }
+    say(&format!("scoring validation text by {}", reference.display()));
+    let mut model = Ernie::load(&checkpoint, &ernie_model::training_device())?;
+    model.reserve_positions(length);
+    let losses: BTreeMap<String, f64> = validate(&model, &prepared.corpus, recipe).losses.into_iter().collect();
+    // A source without validation text is taken as it is.
+    Ok(prepared.corpus.sources.iter().map(|source| losses.get(&source.name).copied().unwrap_or(0.0)).collect())
 }
 
 /// In f32 whatever the training's precision, so that the figures of runs compare.

@@ -2,7 +2,7 @@
 use std::sync::Arc;
 
 use super::packing::{Batch, DataState, Packer};
-use super::priority::{Draw, PrioritySampler, RatioHistogram};
+use super::priority::{Draw, PrioritySampler, RatioHistogram, RowShape};
 use super::{Corpus, Error};
 use crate::curriculum::difficulty::Difficulty;
 use crate::curriculum::sampler::{BatchShape, CurriculumSampler};
@@ -21,12 +21,13 @@ pub enum Stream {
 
 impl Stream {
     /// The recipe's stream, from a saved position or the beginning; `vocabulary` pieces are what a model knows nothing of at first.
-    /// A curriculum goes by `difficulty`, if it is known.
+    /// A curriculum goes by `difficulty`, if it is known; priorities by what losses are above those that a reference `reached` in each source.
     pub fn open(
         recipe: &Recipe,
         corpus: Arc<Corpus>,
         vocabulary: usize,
         difficulty: Option<&Difficulty>,
+        reached: Option<&[f64]>,
         state: Option<DataState>,
     ) -> Result<Self, Error> {
         let (seed, rows, length) = (recipe.run.seed, recipe.data.batch_size, recipe.data.sequence_length);
@@ -40,9 +41,11 @@ impl Stream {
                 None => Packer::new(corpus, seed, rows, length),
             }));
         };
+        let reached = reached.map_or_else(|| vec![0.0; corpus.sources.len()], <[f64]>::to_vec);
+        let shape = RowShape { rows, length };
         Ok(Self::Priority(Box::new(match state {
-            Some(state) => PrioritySampler::resume(corpus, config, state, rows, length)?,
-            None => PrioritySampler::new(corpus, config, seed, rows, length, (vocabulary as f64).ln()),
+            Some(state) => PrioritySampler::resume(corpus, config, state, shape, reached)?,
+            None => PrioritySampler::new(corpus, config, seed, shape, (vocabulary as f64).ln(), reached),
         })))
     }
 

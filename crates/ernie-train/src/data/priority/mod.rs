@@ -4,12 +4,15 @@
 //! P(i) = φ·b_i + (1 − φ)·b_i·r_i / Σ b·r,  r_i = (loss_i + ε)^α, and its loss weighted by (b_i / P(i))^β over the largest such weight of any row (Schaul et
 //! al., *Prioritized Experience Replay*, arXiv 1511.05952, with b_i for 1/N). At β = 1 the weighted gradient is that of uniform sampling in
 //! expectation. The floor φ keeps every row alive. A row's loss is the one of its last visit while that is no more than `staleness` steps ago, else its
-//! source's running mean, which is also what rows never visited have: whole domains are weighed against each other long before every row has been seen. Sampling is
+//! source's running mean, which is also what rows never visited have: whole domains are weighed against each other long before every row has been seen. With a
+//! reference model a row's loss is what it is above the reference's on the source's validation text: not what is hard for every model but what can still be
+//! learned is drawn (after Mindermann et al., *RHO-LOSS*, arXiv 2206.07137, and DoReMi, arXiv 2305.10429, domain by domain). Sampling is
 //! by priority while √(E r²) / E r, what it could gain over uniform sampling (Katharopoulos and Fleuret, arXiv 1803.00942), is at least `least_gain`.
 mod histogram;
 mod tree;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -40,11 +43,14 @@ pub struct PriorityConfig {
     pub staleness: u64,
     /// Least gain for which priorities are used.
     pub least_gain: f64,
+    /// Directory of a model with the run's tokenizer, whose losses are taken off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
 }
 
 impl Default for PriorityConfig {
     fn default() -> Self {
-        Self { alpha: 1.0, beta: [0.4, 1.0], epsilon: 0.05, floor: 0.1, staleness: 2000, least_gain: 1.02 }
+        Self { alpha: 1.0, beta: [0.4, 1.0], epsilon: 0.05, floor: 0.1, staleness: 2000, least_gain: 1.02, reference: None }
     }
 }
 
@@ -57,6 +63,15 @@ pub struct PriorityState {
     pub loss_bits: Vec<u32>,
     /// Running mean of each source, as the bits of an f64.
     pub mean_bits: Vec<u64>,
+}
+
+/// Rows of a batch and tokens of a row.
+#[derive(Debug, Clone, Copy)]
+pub struct RowShape {
+    /// Rows.
+    pub rows: usize,
+    /// Tokens of each.
+    pub length: usize,
 }
 
 /// A row that was drawn.
@@ -76,6 +91,8 @@ pub struct PrioritySampler {
     batch_rows: usize,
     length: usize,
     sources: Vec<SourcePriorities>,
+    /// Loss of the reference in each source, 0 without one.
+    reached: Vec<f64>,
     /// Visits in order, the oldest first.
     visits: VecDeque<(u32, u32)>,
     state: DataState,
@@ -103,13 +120,15 @@ impl SourcePriorities {
 }
 
 impl PrioritySampler {
-    /// A stream from the beginning. `first_loss` is what rows are taken to have before anything is known: ln of the vocabulary's size.
-    pub fn new(corpus: Arc<Corpus>, config: PriorityConfig, seed: u64, batch_rows: usize, length: usize, first_loss: f64) -> Self {
+    /// A stream from the beginning. `first_loss` is what rows are taken to have before anything is known: ln of the vocabulary's size; `reached` is the
+    /// reference's loss in each source, 0 without one.
+    pub fn new(corpus: Arc<Corpus>, config: PriorityConfig, seed: u64, shape: RowShape, first_loss: f64, reached: Vec<f64>) -> Self {
+        let RowShape { rows: batch_rows, length } = shape;
         let rows = Rows::new(corpus.clone(), seed, length);
         let state = PriorityState {
             visited: vec![0; rows.len()],
             loss_bits: vec![0; rows.len()],
-            mean_bits: vec![first_loss.to_bits(); corpus.sources.len()],
+            mean_bits: reached.iter().map(|reached| (first_loss - reached).max(0.0).to_bits()).collect(),
         };
         let state = DataState {
             fingerprint: corpus.fingerprint.clone(),
@@ -119,16 +138,22 @@ impl PrioritySampler {
             priority: Some(state),
             curriculum: None,
         };
-        Self::at(&corpus, rows, config, state, batch_rows, length)
+        Self::at(&corpus, rows, config, state, RowShape { rows: batch_rows, length }, reached)
     }
 
     /// A stream from a saved position; refused when the position belongs to other data.
-    pub fn resume(corpus: Arc<Corpus>, config: PriorityConfig, state: DataState, batch_rows: usize, length: usize) -> Result<Self, Error> {
+    pub fn resume(
+        corpus: Arc<Corpus>,
+        config: PriorityConfig,
+        state: DataState,
+        shape: RowShape,
+        reached: Vec<f64>,
+    ) -> Result<Self, Error> {
         let problem = |problem: String| Err(Error::State { problem });
         if state.fingerprint != corpus.fingerprint {
             return problem(format!("fingerprint {} is saved and the data have {}", state.fingerprint, corpus.fingerprint));
         }
-        let rows = Rows::new(corpus.clone(), state.seed, length);
+        let rows = Rows::new(corpus.clone(), state.seed, shape.length);
         let Some(saved) = &state.priority else {
             return problem("no priorities are saved".to_owned());
         };
@@ -141,10 +166,12 @@ impl PrioritySampler {
         if !numbers {
             return problem("a saved loss is no number".to_owned());
         }
-        Ok(Self::at(&corpus, rows, config, state, batch_rows, length))
+        Ok(Self::at(&corpus, rows, config, state, shape, reached))
     }
 
-    fn at(corpus: &Corpus, rows: Rows, config: PriorityConfig, state: DataState, batch_rows: usize, length: usize) -> Self {
+    fn at(corpus: &Corpus, rows: Rows, config: PriorityConfig, state: DataState, shape: RowShape, reached: Vec<f64>) -> Self {
+        let RowShape { rows: batch_rows, length } = shape;
+        assert_eq!(reached.len(), corpus.sources.len(), "a loss for each source");
         let saved = state.priority.as_ref().expect("priorities were made or checked");
         let total: f64 = corpus.sources.iter().map(|source| source.weight).sum();
         let relative =
@@ -165,7 +192,7 @@ impl PrioritySampler {
         let mut visits: Vec<(u32, u32)> =
             saved.visited.iter().zip(0..).filter(|(step, _)| **step > 0).map(|(&step, row)| (step, row)).collect();
         visits.sort_unstable();
-        Self { rows, config, batch_rows, length, sources, visits: visits.into(), state }
+        Self { rows, config, batch_rows, length, sources, reached, visits: visits.into(), state }
     }
 
     /// The position after the batches given so far.
@@ -289,9 +316,9 @@ impl PrioritySampler {
         let saved = self.state.priority.as_mut().expect("a sampler has priorities");
         for (draw, loss) in losses {
             // To the precision that is saved, so that a resumed run goes on with the same numbers.
-            let loss = (loss.max(0.0)) as f32;
             let row = draw.row as usize;
             let index = self.rows.source_of(row);
+            let loss = (loss - self.reached[index]).max(0.0) as f32;
             let (source, r) = (&mut self.sources[index], relative(&self.config, f64::from(loss)));
             let place = row - source.first;
             source.known.set(place, r);

@@ -4,9 +4,29 @@ use crate::data::packing::IGNORE;
 use crate::data::tests::prepared;
 
 const LENGTH: usize = 32;
+const SHAPE: RowShape = RowShape { rows: 4, length: LENGTH };
 
 fn sampler(corpus: &Arc<Corpus>, config: PriorityConfig) -> PrioritySampler {
-    PrioritySampler::new(corpus.clone(), config, 5, 4, LENGTH, 3.0)
+    PrioritySampler::new(corpus.clone(), config, 5, SHAPE, 3.0, vec![0.0; corpus.sources.len()])
+}
+
+/// What is above a reference's loss is what counts, at first and after visits.
+#[test]
+fn a_reference_leaves_what_can_be_learned() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let config = PriorityConfig { alpha: 1.0, floor: 0.01, least_gain: 1.0, ..PriorityConfig::default() };
+    let reached: Vec<f64> = (0..corpus.sources.len()).map(|source| source as f64).collect();
+    let mut sampler = PrioritySampler::new(corpus.clone(), config.clone(), 5, SHAPE, 3.0, reached.clone());
+    let means = |sampler: &PrioritySampler| sampler.sources.iter().map(|source| source.mean).collect::<Vec<_>>();
+    assert_eq!(means(&sampler), (0..corpus.sources.len()).map(|source| (3.0 - source as f64).max(0.0)).collect::<Vec<_>>());
+    let row = sampler.rows.of_source(1).start as u32;
+    sampler.observe(1, [(Draw { row, weight: 1.0 }, 2.25)]);
+    assert_eq!(sampler.relative_of(row as usize), relative(&config, 1.25));
+    sampler.observe(2, [(Draw { row, weight: 1.0 }, 0.5)]);
+    assert_eq!(sampler.relative_of(row as usize), relative(&config, 0.0), "what is known better than by the reference");
+    let again = PrioritySampler::resume(corpus.clone(), config, sampler.state().clone(), SHAPE, reached).unwrap();
+    assert_eq!(means(&again), means(&sampler));
 }
 
 /// A made-up loss of a row, very different from row to row.
@@ -159,15 +179,19 @@ fn a_resumed_stream_goes_on_with_the_same_draws() {
     let expected = visit(&mut whole, 1..80);
     let mut draws = visit(&mut interrupted, 1..41);
     let json = serde_json::to_string(interrupted.state()).unwrap();
-    let mut resumed = PrioritySampler::resume(corpus.clone(), config.clone(), serde_json::from_str(&json).unwrap(), 4, LENGTH).unwrap();
+    let count = corpus.sources.len();
+    let mut resumed =
+        PrioritySampler::resume(corpus.clone(), config.clone(), serde_json::from_str(&json).unwrap(), SHAPE, vec![0.0; count]).unwrap();
     draws.extend(visit(&mut resumed, 41..80));
     assert_eq!(draws, expected);
     assert_eq!(resumed.state(), whole.state());
 
     // A position of other rows is refused.
     let state = resumed.state().clone();
-    let error = PrioritySampler::resume(corpus.clone(), config.clone(), state.clone(), 4, LENGTH + 1).unwrap_err();
+    let error =
+        PrioritySampler::resume(corpus.clone(), config.clone(), state.clone(), RowShape { length: LENGTH + 1, ..SHAPE }, vec![0.0; count])
+            .unwrap_err();
     assert!(matches!(error, Error::State { .. }), "{error}");
-    let error = PrioritySampler::resume(corpus, config, DataState { priority: None, ..state }, 4, LENGTH).unwrap_err();
+    let error = PrioritySampler::resume(corpus, config, DataState { priority: None, ..state }, SHAPE, vec![0.0; count]).unwrap_err();
     assert!(matches!(error, Error::State { .. }), "{error}");
 }
