@@ -1,9 +1,10 @@
 //! `ernie train`: run a recipe, and release its model.
 use anyhow::Context;
 use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions};
+use ernie_eval::explain::{explain, svg};
 use ernie_train::data::{self, SourceReport};
 use ernie_train::recipe::{Export, ExportDtype};
-use ernie_train::sweep::{Spread, SweepReport};
+use ernie_train::sweep::{Figure, Spread, SweepReport};
 use ernie_train::{Precision, Recipe, Report, Sweep, TrainOptions, memory, snapshot};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -148,6 +149,9 @@ fn sweep(arguments: &TrainArguments) -> anyhow::Result<()> {
         }
     })?;
     drop(working);
+    if report.finished() {
+        sweep.illustrate(&report, &figures(&sweep, &report)?)?;
+    }
     if arguments.json {
         write_out(&(serde_json::to_string(&report)? + "\n"))?;
     } else {
@@ -160,16 +164,38 @@ fn sweep(arguments: &TrainArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the first seed's models with gates or experts chose on the sweep's text.
+fn figures(sweep: &Sweep, report: &SweepReport) -> anyhow::Result<Vec<Figure>> {
+    let (Some(text), Some(&seed)) = (&sweep.text, sweep.seeds.first()) else { return Ok(Vec::new()) };
+    let mut figures = Vec::new();
+    for run in report.runs.iter().filter(|run| run.seed == seed) {
+        let checkpoint = Checkpoint::open(&run.report.model_dir)?;
+        let config = checkpoint.config();
+        if config.moe.is_none() && config.mechanisms.context_gate.is_none() {
+            continue;
+        }
+        let tokenizer = Tokenizer::from_dir(&run.report.model_dir)?;
+        let ids = tokenizer.encode(text, true)?;
+        let arm = &sweep.arms[run.arm].name;
+        let explanation = explain(&checkpoint, &ids).with_context(|| format!("cannot show the sweep's text with arm `{arm}`"))?;
+        let pieces: Vec<String> = ids.iter().map(|&id| tokenizer.id_to_piece(id).unwrap_or_else(|| id.to_string())).collect();
+        figures.push(Figure { caption: format!("{arm}, seed {seed}, token by token"), svg: svg::draw(&explanation, &pieces, arm) });
+    }
+    Ok(figures)
+}
+
 fn sweep_table(report: &SweepReport, out: &Path) -> String {
     let with_error = |spread: Option<Spread>, decimals: usize| match spread {
         None => "-".to_owned(),
         Some(Spread { mean, standard_error: None, .. }) => format!("{mean:.decimals$}"),
         Some(Spread { mean, standard_error: Some(error), .. }) => format!("{mean:.decimals$} ± {error:.decimals$}"),
     };
-    let mut text = format!("{:<24}{:>18}{:>20}{:>16}{:>16}{:>16}\n", "arm", "loss", "difference", "steps to same", "time to same", "tok/s");
+    let experts = report.arms.iter().any(|arm| arm.overlap.is_some());
+    let mut text = format!("{:<24}{:>18}{:>20}{:>16}{:>16}{:>16}", "arm", "loss", "difference", "steps to same", "time to same", "tok/s");
+    text += if experts { "           overlap        least used\n" } else { "\n" };
     for arm in &report.arms {
         let against = arm.against_first.as_ref();
-        let _ = writeln!(
+        let _ = write!(
             text,
             "{:<24}{:>18}{:>20}{:>16}{:>16}{:>16}",
             arm.name,
@@ -179,6 +205,10 @@ fn sweep_table(report: &SweepReport, out: &Path) -> String {
             with_error(against.and_then(|a| a.seconds_to_same_loss), 2),
             with_error(arm.tokens_per_second, 0),
         );
+        if experts {
+            let _ = write!(text, "{:>18}{:>18}", with_error(arm.overlap, 3), with_error(arm.least_used, 2));
+        }
+        text.push('\n');
     }
     let _ = writeln!(text, "\nreport  {}", out.join("report.html").display());
     text

@@ -99,7 +99,7 @@ fn a_sweep_compares_its_arms() {
     let dir = project();
     let out = dir.path().join("sweep");
     let sweep = format!(
-        "name = \"rate\"\nrecipe = \"tiny.toml\"\nout = {out:?}\nseeds = [1, 2]\n[[arm]]\nname = \"as it is\"\n[[arm]]\nname = \"slow\"\nset = {{ \"optimizer.lr\" = 1e-6 }}\n"
+        "name = \"rate\"\nrecipe = \"tiny.toml\"\nout = {out:?}\nseeds = [1, 2]\ntext = \"The old king\"\n[[arm]]\nname = \"as it is\"\n[[arm]]\nname = \"slow\"\nset = {{ \"optimizer.lr\" = 1e-6 }}\n"
     );
     let file = dir.path().join("sweep.toml");
     std::fs::write(&file, sweep).unwrap();
@@ -110,7 +110,10 @@ fn a_sweep_compares_its_arms() {
     assert!(report["arms"][1]["against_first"]["loss_difference"]["mean"].as_f64().unwrap() > 0.0, "{report}");
     // Finished: the table comes at once.
     let table = ernie(["train", file, "--sweep", "--data", data, "--quiet"]).ok();
-    assert!(table.contains("slow") && table.contains("report.html") && out.join("report.html").exists(), "{table}");
+    assert!(table.contains("slow") && table.contains("report.html") && table.contains("least used"), "{table}");
+    // The experts of both arms, on the sweep's text.
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert_eq!(page.matches("seed 1, token by token</figcaption><img").count(), 2);
     ernie(["train", file, "--sweep", "--steps", "3"]).fails(2, &["--steps"]);
 }
 

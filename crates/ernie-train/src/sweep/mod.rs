@@ -45,6 +45,9 @@ pub struct Sweep {
     pub out: PathBuf,
     /// `run.seed` of the runs of each arm.
     pub seeds: Vec<u64>,
+    /// A text on which the report shows what each arm's model of the first seed chose, token by token.
+    #[serde(default)]
+    pub text: Option<String>,
     /// The variants (`[[arm]]`); the first is what the others are compared with.
     #[serde(rename = "arm")]
     pub arms: Vec<Arm>,
@@ -62,6 +65,15 @@ pub struct Arm {
     /// Values by dotted keys of the recipe, which replace the recipe's.
     #[serde(default)]
     pub set: toml::Table,
+}
+
+/// A picture for the report.
+#[derive(Debug, Clone)]
+pub struct Figure {
+    /// What it shows.
+    pub caption: String,
+    /// The picture, an SVG document.
+    pub svg: String,
 }
 
 /// One run of a sweep.
@@ -205,8 +217,16 @@ impl Sweep {
         std::fs::create_dir_all(&self.out).map_err(|source| TrainError::Io { path: self.out.clone(), source })?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         ernie_checkpoint::atomic_write(&self.out.join("report.json"), &json)?;
-        ernie_checkpoint::atomic_write(&self.out.join("report.html"), page::html(&report).as_bytes())?;
+        self.illustrate(&report, &[])?;
         Ok(report)
+    }
+
+    /// Writes `report.html` with pictures after what it shows by itself.
+    ///
+    /// # Errors
+    /// If the disk refuses; the page that was there is still there then.
+    pub fn illustrate(&self, report: &SweepReport, figures: &[Figure]) -> Result<(), TrainError> {
+        Ok(ernie_checkpoint::atomic_write(&self.out.join("report.html"), page::html(report, figures).as_bytes())?)
     }
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use plotters::prelude::*;
 
+use super::Figure;
 use super::pictures;
 use super::report::{ArmReport, Spread, SweepReport};
 
@@ -22,12 +23,12 @@ const ARMS: [RGBColor; 6] = [
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}\
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}\
-th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}svg{max-width:100%;height:auto}\
+th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}svg,img{max-width:100%;height:auto}\
 .picture{font:13px system-ui,sans-serif;margin:.5rem 1rem .5rem 0}.picture text{fill:currentColor}.picture line{stroke:currentColor}\
 .cell,.bar{fill:#005aa0}.cell{stroke:#ccc}\
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}th,td{border-color:#444}.cell,.bar{fill:#6cb6ff}.cell{stroke:#444}}";
 
-pub(super) fn html(report: &SweepReport) -> String {
+pub(super) fn html(report: &SweepReport, figures: &[Figure]) -> String {
     let title = escaped(&report.name);
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style>\n<h1>{title}</h1>\n"
@@ -47,8 +48,28 @@ pub(super) fn html(report: &SweepReport) -> String {
     }
     page.push_str(&sources_table(report));
     page.push_str(&pictures::pictures(report));
+    for figure in figures {
+        // As an image, so that its styles are its own.
+        let caption = escaped(&figure.caption);
+        let _ =
+            writeln!(page, "<figure><figcaption>{caption}</figcaption><img alt=\"{caption}\" src=\"{}\"></figure>", data_url(&figure.svg));
+    }
     page.push_str("</html>\n");
     page
+}
+
+/// An SVG document as the address of an image.
+fn data_url(svg: &str) -> String {
+    let mut url = String::from("data:image/svg+xml;charset=utf-8,");
+    for c in svg.chars() {
+        match c {
+            '%' | '#' | '"' | '<' | '>' | '&' | '\'' | '\n' => {
+                let _ = write!(url, "%{:02X}", u32::from(c));
+            }
+            _ => url.push(c),
+        }
+    }
+    url
 }
 
 fn arms_table(report: &SweepReport) -> String {

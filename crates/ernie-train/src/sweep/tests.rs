@@ -37,7 +37,15 @@ fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
 fn report(runs: &[RunReport]) -> SweepReport {
     let arm = |name: &str| Arm { name: name.into(), set: toml::Table::new() };
     let arms = vec![arm("first"), arm("second")];
-    let sweep = Sweep { name: "s".into(), recipe: PathBuf::new(), out: PathBuf::new(), seeds: vec![1, 2], arms, base: toml::Table::new() };
+    let sweep = Sweep {
+        name: "s".into(),
+        recipe: PathBuf::new(),
+        out: PathBuf::new(),
+        seeds: vec![1, 2],
+        text: None,
+        arms,
+        base: toml::Table::new(),
+    };
     SweepReport::new(&sweep, runs, 4)
 }
 
@@ -85,7 +93,9 @@ fn pictures_show_what_arms_chose() {
     assert_eq!(second.against_first.as_ref().unwrap().overlap.unwrap().mean, 0.125);
     assert_eq!((second.least_used.unwrap().mean, second.active_heads.len()), (1.0, 2));
 
-    let page = page::html(&report);
+    let page = page::html(&report, &[Figure { caption: "heads & all".into(), svg: "<svg a=\"#1\">50%</svg>".into() }]);
+    let image = "<img alt=\"heads &amp; all\" src=\"data:image/svg+xml;charset=utf-8,%3Csvg a=%22%231%22%3E50%25%3C/svg%3E\">";
+    assert!(page.contains(image), "{page}");
     // Two curves; three layers with experts, one histogram, one chart of heads.
     assert_eq!((page.matches("<svg").count(), page.matches("class=\"picture\"").count()), (7, 5));
     assert_eq!(page.matches("fill-opacity=\"0.500\"").count(), 4);
