@@ -1,0 +1,3 @@
+//! The server on the embedded model's files, from its engine's thread to what an HTTP client sees.
+mod nano;
+mod worker;
