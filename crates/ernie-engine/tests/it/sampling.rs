@@ -73,7 +73,7 @@ fn variants() -> Vec<SamplingParams> {
         SamplingParams { repetition_penalty: 0.6, presence_penalty: 0.8, ..base.clone() },
         SamplingParams { frequency_penalty: 0.5, top_p: 0.95, ..base.clone() },
         SamplingParams { frequency_penalty: -0.5, presence_penalty: -1.0, top_k: 12, ..base.clone() },
-        SamplingParams { logit_bias: vec![(3, 2.5), (0, -100.0), (3, 0.5)], ..base.clone() },
+        SamplingParams { logit_bias: vec![(3, 2.5), (0, -20.0), (3, 0.5)], ..base.clone() },
         SamplingParams { logit_bias: vec![(17, -1.0)], repetition_penalty: 1.3, top_p: 0.9, ..base },
     ]
 }
