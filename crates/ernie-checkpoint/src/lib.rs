@@ -31,8 +31,8 @@ pub use atomic::{AtomicFile, atomic_write};
 pub use chat_template::{ChatTemplate, ChatTemplateError, ChatTemplateOptions, Message};
 pub use checkpoint::{Checkpoint, EmbeddedFiles};
 pub use config::{
-    AttentionKind, Config, ContextGate, Family, HiddenAct, Mechanisms, MlpKind, MoeConfig, Paragraphs, ParameterCounts, Quantization, VisionConfig,
-    VisionExperts, VlConfig,
+    AttentionKind, Config, ContextGate, Family, HiddenAct, Mechanisms, MlpKind, MoeConfig, Paragraphs, ParameterCounts, Quantization,
+    VisionConfig, VisionExperts, VlConfig,
 };
 pub use conversation::{encode_conversation, end_of_turn_ids};
 pub use error::{Error, Result};

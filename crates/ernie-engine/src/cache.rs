@@ -152,9 +152,7 @@ impl Cache {
         let past = match sees {
             Sees::All => LayerPast::All,
             Sees::Window(window) => LayerPast::Window(window),
-            Sees::Paragraphs(layer) => {
-                LayerPast::Paragraphs { summaries: &mut self.summaries, layer, paragraphs: &spans.paragraphs }
-            }
+            Sees::Paragraphs(layer) => LayerPast::Paragraphs { summaries: &mut self.summaries, layer, paragraphs: &spans.paragraphs },
         };
         LayerCache { kv, spans: of_kind, layer: index, past }
     }

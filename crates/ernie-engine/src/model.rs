@@ -146,8 +146,7 @@ impl Model {
                 }
                 if config.paragraphs(layer).is_some() {
                     let shape = [config.num_key_value_heads, config.head_dim];
-                    loaded.attention.paragraph_pool =
-                        Some(load.f32(&format!("{prefix}.self_attn.paragraph_pool.weight"), &shape)?);
+                    loaded.attention.paragraph_pool = Some(load.f32(&format!("{prefix}.self_attn.paragraph_pool.weight"), &shape)?);
                 }
                 Ok(loaded)
             })

@@ -83,7 +83,9 @@ impl ApiError {
 
     /// Prompt and answer do not fit in the context.
     pub fn too_long(param: &str, needed: usize, limit: usize) -> Self {
-        let message = format!("This model's maximum context length is {limit} tokens; this request needs {needed}. Shorten the prompt or the answer.");
+        let message = format!(
+            "This model's maximum context length is {limit} tokens; this request needs {needed}. Shorten the prompt or the answer."
+        );
         Self::request(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), message).of(param)
     }
 

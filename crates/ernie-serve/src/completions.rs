@@ -194,7 +194,8 @@ pub async fn completions(
     if let Some(top) = logprobs.filter(|_| scored) {
         let scores = score(&mut places, &prompts, top).await?;
         let ids = prompts.clone();
-        let logprobs = state.compute(move |state| Ok(ids.iter().zip(&scores).map(|(ids, scores)| report(state, ids, scores)).collect::<Vec<_>>()));
+        let logprobs =
+            state.compute(move |state| Ok(ids.iter().zip(&scores).map(|(ids, scores)| report(state, ids, scores)).collect::<Vec<_>>()));
         for (echo, (logprobs, characters)) in echoes.iter_mut().zip(logprobs.await?) {
             (echo.logprobs, echo.characters) = (Some(logprobs), characters);
         }
@@ -226,7 +227,11 @@ pub async fn completions(
         None => {
             let mut answers = answers.gather().await?;
             if !generates {
-                answers.0 = shape.offsets.iter().map(|_| crate::answer::Answer { reason: Some(FinishReason::Length), ..Default::default() }).collect();
+                answers.0 = shape
+                    .offsets
+                    .iter()
+                    .map(|_| crate::answer::Answer { reason: Some(FinishReason::Length), ..Default::default() })
+                    .collect();
                 answers.1 = Usage::new(prompt_tokens, 0);
             }
             Ok(Json(shape.whole(answers)).into_response())

@@ -159,7 +159,8 @@ impl ServeConfig {
             table = text.parse::<Table>().map_err(|error| refuse(error.to_string()))?;
             checked(&table).map_err(refuse)?;
         }
-        let defaults = Table::try_from(Self::default()).map_err(|error| Error::Config { origin: "defaults".into(), reason: error.to_string() })?;
+        let defaults =
+            Table::try_from(Self::default()).map_err(|error| Error::Config { origin: "defaults".into(), reason: error.to_string() })?;
         for (name, text) in environment {
             let Some(key) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
             let key = key.to_ascii_lowercase();
@@ -267,7 +268,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("serve.toml");
         std::fs::write(&path, "port = 1\nmax_queue = 2\nmodel_name = \"file\"\nweights = \"int8\"\n").unwrap();
-        let environment = [("ERNIE_SERVE_PORT", "3"), ("ERNIE_SERVE_MODEL_NAME", "4"), ("ERNIE_SERVE_PREFIX_CACHE", "false"), ("HOME", "/")];
+        let environment =
+            [("ERNIE_SERVE_PORT", "3"), ("ERNIE_SERVE_MODEL_NAME", "4"), ("ERNIE_SERVE_PREFIX_CACHE", "false"), ("HOME", "/")];
         let config = load(Some(&path), &environment, "port = 5\nhost = \"::1\"").unwrap();
         let expected = ServeConfig {
             port: 5,

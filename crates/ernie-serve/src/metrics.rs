@@ -1,5 +1,4 @@
 //! What the server counts, as Prometheus reads it (OpenMetrics text).
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use ernie_engine::{Engine, FinishReason};
@@ -39,9 +38,9 @@ pub struct Metrics {
     cached_blocks: Gauge,
     prompt_tokens: Counter,
     output_tokens: Counter,
-    admitted_tokens: Gauge<u64, AtomicU64>,
-    cached_tokens: Gauge<u64, AtomicU64>,
-    preemptions: Gauge<u64, AtomicU64>,
+    admitted_tokens: Counter,
+    cached_tokens: Counter,
+    preemptions: Counter,
     batch_size: Histogram,
     first_token: Histogram,
     between_tokens: Histogram,
@@ -67,9 +66,9 @@ impl Metrics {
             cached_blocks: Gauge::default(),
             prompt_tokens: Counter::default(),
             output_tokens: Counter::default(),
-            admitted_tokens: Gauge::default(),
-            cached_tokens: Gauge::default(),
-            preemptions: Gauge::default(),
+            admitted_tokens: Counter::default(),
+            cached_tokens: Counter::default(),
+            preemptions: Counter::default(),
             batch_size: Histogram::new(exponential_buckets(1.0, 2.0, 9)),
             first_token: seconds(),
             between_tokens: seconds(),
@@ -92,9 +91,9 @@ impl Metrics {
         r.register("kv_blocks_cached", "Blocks that nobody has but that hold known texts", self.cached_blocks.clone());
         r.register("prompt_tokens", "Prompt tokens taken in", self.prompt_tokens.clone());
         r.register("output_tokens", "Tokens chosen", self.output_tokens.clone());
-        r.register("prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache", self.admitted_tokens.clone());
-        r.register("prefix_cache_hits_tokens", "Prompt tokens found there", self.cached_tokens.clone());
-        r.register("preemptions_count", "Times that a request gave back its blocks", self.preemptions.clone());
+        r.register("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", self.admitted_tokens.clone());
+        r.register("prefix_cache_hits", "Prompt tokens found there", self.cached_tokens.clone());
+        r.register("preemptions", "Times that a request gave back its blocks", self.preemptions.clone());
         r.register("batch_size", "Requests computed together, by step", self.batch_size.clone());
         r.register_with_unit("time_to_first_token", "From arrival to the first token", Unit::Seconds, self.first_token.clone());
         r.register_with_unit("inter_token_latency", "Between two tokens of a request", Unit::Seconds, self.between_tokens.clone());
@@ -131,9 +130,14 @@ impl Metrics {
         self.blocks.set(stats.blocks as i64);
         self.free_blocks.set(stats.free_blocks as i64);
         self.cached_blocks.set(stats.cached_blocks as i64);
-        self.admitted_tokens.set(stats.prompt_tokens);
-        self.cached_tokens.set(stats.cached_tokens);
-        self.preemptions.set(stats.preemptions);
+        let counts = [
+            (&self.admitted_tokens, stats.prompt_tokens),
+            (&self.cached_tokens, stats.cached_tokens),
+            (&self.preemptions, stats.preemptions),
+        ];
+        for (counter, total) in counts {
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
         if stats.running > 0 {
             self.batch_size.observe(stats.running as f64);
         }

@@ -91,7 +91,9 @@ impl State {
     /// 429 if as many as may be are streamed.
     pub fn stream(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         let most = self.config.max_streams;
-        Arc::clone(&self.streams).try_acquire_owned().map_err(|_| ApiError::busy(format!("{most} answers are being streamed; try again later.")))
+        Arc::clone(&self.streams)
+            .try_acquire_owned()
+            .map_err(|_| ApiError::busy(format!("{most} answers are being streamed; try again later.")))
     }
 
     /// Work that takes a while, away from the threads that serve connections.

@@ -19,9 +19,14 @@ pub struct Score {
 /// What becomes of each piece.
 #[derive(Debug)]
 enum Goal {
-    Score { top: usize, scores: Vec<Score> },
+    Score {
+        top: usize,
+        scores: Vec<Score>,
+    },
     /// The sum of the states so far.
-    Embed { sum_h: Vec<f64> },
+    Embed {
+        sum_h: Vec<f64>,
+    },
 }
 
 /// A job on its way.

@@ -315,8 +315,7 @@ impl<'a> Running<'a> {
                 EngineEvent::Token { id, token, logprob, top } => {
                     let Some(request) = active.get_mut(id) else { continue };
                     request.observe(metrics);
-                    let ends =
-                        request.stop_ids.contains(token) || (!request.ignore_eos && model.config().eos_token_id.contains(token));
+                    let ends = request.stop_ids.contains(token) || (!request.ignore_eos && model.config().eos_token_id.contains(token));
                     let text = if ends { String::new() } else { request.stops.push(&request.decoder.push(*token)) };
                     let token = Token { id: (!ends).then_some(*token), text, logprob: *logprob, top: top.clone() };
                     let mut delivered = request.send(Event::Token(token));

@@ -109,7 +109,9 @@ fn check_mechanisms(c: &Checker<'_>, config: &Config) -> Result<()> {
         }
     };
     match (sliding, mechanisms.sliding_window) {
-        (true, None) => return Err(c.error("ernie_rs.sliding_window", "a number of tokens, for the layers with sliding_attention", "null")),
+        (true, None) => {
+            return Err(c.error("ernie_rs.sliding_window", "a number of tokens, for the layers with sliding_attention", "null"));
+        }
         (false, Some(window)) => return Err(c.error("ernie_rs.sliding_window", "nothing, for no layer has sliding_attention", window)),
         (_, Some(window)) => c.within("ernie_rs.sliding_window", window, 1..=MAX_SIZE)?,
         (false, None) => {}

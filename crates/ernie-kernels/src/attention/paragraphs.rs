@@ -320,7 +320,8 @@ mod tests {
                 let bounds = Bounds { cu_seqlens, paragraphs };
                 let case = case(bounds.own().tokens(), shape);
                 let [_, _, dqkv, dpool] = run(&case, bounds, shape);
-                let loss = |qkv: &[f64], pool: &[f64]| weighted_sum(&scalar::paragraphs(qkv, pool, bounds, &case.table, shape).out, &case.dout);
+                let loss =
+                    |qkv: &[f64], pool: &[f64]| weighted_sum(&scalar::paragraphs(qkv, pool, bounds, &case.table, shape).out, &case.dout);
                 assert_gradient("dqkv", &dqkv, &case.qkv, |qkv| loss(qkv, &wide(&case.pool)));
                 assert_gradient("dpool", &dpool, &case.pool, |pool| loss(&wide(&case.qkv), pool));
             }
@@ -347,7 +348,11 @@ mod tests {
                 loss(&qkv, &wide(&case.pool))
             };
             let numerical = (moved(1e-4) - moved(-1e-4)) / 2e-4;
-            assert!((numerical - f64::from(dqkv[place])).abs() < 2e-4 * numerical.abs().max(1.0), "{place}: {} for {numerical}", dqkv[place]);
+            assert!(
+                (numerical - f64::from(dqkv[place])).abs() < 2e-4 * numerical.abs().max(1.0),
+                "{place}: {} for {numerical}",
+                dqkv[place]
+            );
         }
     }
 

@@ -84,8 +84,7 @@ pub fn paragraph_attention(qkv: Tensor<2>, pool: Tensor<2>, context: &AttentionC
         // Each paragraph's weights over all tokens of the document, 0 for those of others: `[n_kv, p, length]`.
         let others = (0..ends.len() * length).map(|i| paragraph_of(i % length) != i / length).collect();
         let logits_nl = (k_nld.clone() * pool.clone().reshape([n_kv, 1, d])).sum_dim(2).swap_dims(1, 2) * scale;
-        let weights_npl =
-            activation::softmax(logits_nl.repeat_dim(1, ends.len()).mask_fill(mask(others, length), f32::NEG_INFINITY), 2);
+        let weights_npl = activation::softmax(logits_nl.repeat_dim(1, ends.len()).mask_fill(mask(others, length), f32::NEG_INFINITY), 2);
         let last: Vec<usize> = ends.iter().map(|end| end - 1).collect();
         let pooled_k = rope_at(weights_npl.clone().matmul(k_nld.clone()), &last, context);
         let k_nsd = Tensor::cat(vec![rope(k_nld, context), pooled_k], 1);

@@ -189,7 +189,11 @@ fn chats_are_answered_streamed_and_not() {
     assert_eq!(tokens.len(), expected.tokens.len() - usize::from(ended), "the token that ends a turn is none of its text");
     let bytes = tokens.iter().flat_map(|t| t["bytes"].as_array().unwrap()).map(|b| b.as_u64().unwrap() as u8).collect::<Vec<_>>();
     assert_eq!(String::from_utf8(bytes).unwrap().trim_start(), expected.text.trim_start());
-    assert!(tokens.iter().all(|token| token["top_logprobs"].as_array().unwrap().len() == 3 && token["top_logprobs"][0]["token"] == token["token"]));
+    assert!(
+        tokens
+            .iter()
+            .all(|token| token["top_logprobs"].as_array().unwrap().len() == 3 && token["top_logprobs"][0]["token"] == token["token"])
+    );
 
     body["stream"] = json!(true);
     let events = server.post("/v1/chat/completions", &body).events();
@@ -222,9 +226,8 @@ fn embeddings_have_length_one_and_both_encodings() {
     let ask = |body: Value| server.post("/v1/embeddings", &body).json();
     let texts = ["The cat sat on the mat.", "A cat sits on a mat.", "Two coffees with milk, please."];
     let reply = ask(json!({"model": "nano", "input": texts}));
-    let vectors: Vec<Vec<f64>> = (0..3)
-        .map(|i| reply["data"][i]["embedding"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect::<Vec<_>>())
-        .collect();
+    let vectors: Vec<Vec<f64>> =
+        (0..3).map(|i| reply["data"][i]["embedding"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect::<Vec<_>>()).collect();
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
     assert!(vectors.iter().all(|v| v.len() == 256 && (dot(v, v) - 1.0).abs() < 1e-5));
     assert!(dot(&vectors[0], &vectors[1]) > dot(&vectors[0], &vectors[2]), "what is alike is nearer");

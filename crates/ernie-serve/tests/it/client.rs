@@ -75,7 +75,8 @@ impl Running {
                 server.run(async { drop(asked.await) }).await.unwrap();
             });
         });
-        let agent = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(std::time::Duration::from_secs(100))).build();
+        let agent =
+            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(std::time::Duration::from_secs(100))).build();
         Running { address: told.recv().unwrap(), agent: agent.into(), shutdown: Some(shutdown), thread: Some(thread) }
     }
 

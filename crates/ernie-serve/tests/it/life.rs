@@ -21,7 +21,13 @@ fn wait(what: &str, mut condition: impl FnMut() -> bool) {
 /// A request that takes long, sent and not read.
 fn long_request(server: &Running, stream: bool, n: usize) -> TcpStream {
     let body = json!({"prompt": "Once upon a time", "max_tokens": 480, "ignore_eos": true, "stream": stream, "n": n}).to_string();
-    send(server, &format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len()))
+    send(
+        server,
+        &format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ),
+    )
 }
 
 fn send(server: &Running, text: &str) -> TcpStream {
@@ -105,7 +111,8 @@ fn slow_heads_and_bodies_are_cut_off() {
     let server = Running::with(ServeConfig { header_timeout_s: 1, body_timeout_s: 1, ..ServeConfig::default() });
     let began = Instant::now();
     let head = send(&server, "GET /health/live HTTP/1.1\r\nhost: local");
-    let body = send(&server, "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{");
+    let body =
+        send(&server, "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{");
     assert!(!read(head).contains("200 OK"));
     assert!(read(body).starts_with("HTTP/1.1 408 "));
     assert!(began.elapsed() < Duration::from_secs(30));
@@ -140,4 +147,11 @@ fn what_is_counted_adds_up() {
     assert_eq!(count("ernie_inter_token_latency_seconds_count"), 72.0);
     assert_eq!(count("ernie_request_duration_seconds_count"), 3.0);
     assert!(server.get("/metrics").text.ends_with("# EOF\n"));
+    // The prompt is shorter than a block, so nothing of it is found again.
+    assert_eq!((count("ernie_prefix_cache_queries_total"), count("ernie_prefix_cache_hits_total")), (3.0 * prompt.len() as f64, 0.0));
+    let long = json!({"prompt": vec![7; 100], "max_tokens": 1});
+    for _ in 0..2 {
+        assert_eq!(server.post("/v1/completions", &long).status, 200);
+    }
+    wait("the second finds the first", || count("ernie_prefix_cache_hits_total") == 96.0);
 }

@@ -79,7 +79,9 @@ fn bodies_of_every_wrong_kind() {
     let server = Running::with(ServeConfig { max_body_bytes: 2000, body_timeout_s: 1, ..ServeConfig::default() });
     let json = "application/json";
     for path in ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/tokenize", "/v1/detokenize"] {
-        for body in [&b""[..], b"{", b"[]", b"null", b"\"x\"", b"{\"prompt\": \"\xff\xfe\"}", b"{} x", b"{\"prompt\": \"\\ud800\"}", &[b'['; 1500]] {
+        for body in
+            [&b""[..], b"{", b"[]", b"null", b"\"x\"", b"{\"prompt\": \"\xff\xfe\"}", b"{} x", b"{\"prompt\": \"\\ud800\"}", &[b'['; 1500]]
+        {
             server.post_bytes(path, json, body).error(400);
         }
         server.post_bytes(path, "text/plain", b"{}").error(415);
