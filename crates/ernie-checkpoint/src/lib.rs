@@ -9,6 +9,7 @@ mod chat_template;
 mod checkpoint;
 mod commit;
 mod config;
+mod conversation;
 mod error;
 mod files;
 mod header;
@@ -33,6 +34,7 @@ pub use config::{
     AttentionKind, Config, ContextGate, Family, HiddenAct, Mechanisms, MlpKind, MoeConfig, Paragraphs, ParameterCounts, Quantization,
     VisionConfig, VisionExperts, VlConfig,
 };
+pub use conversation::{encode_conversation, end_of_turn_ids};
 pub use error::{Error, Result};
 pub use layout::Layout;
 pub use mapped::MappedFile;

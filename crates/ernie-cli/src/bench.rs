@@ -198,7 +198,7 @@ fn decode(engine: &mut Engine, batch: usize, context: usize, count: usize) -> an
     for seed in 0..batch {
         let params = SamplingParams { max_tokens: count + 1, ignore_eos: true, ..SamplingParams::greedy() };
         let prompt = tokens(engine.model(), context, seed);
-        engine.submit(Request { prompt, params, logprobs: false })?;
+        engine.submit(Request { prompt, params, logprobs: None })?;
     }
     engine.step();
     let mut kv_bytes = engine.kv_bytes_in_use();

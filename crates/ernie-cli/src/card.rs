@@ -71,7 +71,7 @@ pub fn samples(dir: &Path) -> anyhow::Result<Vec<Sample>> {
         let mut params =
             SamplingParams { temperature: TEMPERATURE, top_p: TOP_P, max_tokens: MAX_TOKENS, seed, ..SamplingParams::default() };
         let ids = if chat {
-            params.stop_ids = encoding::end_of_turn_ids(&tokenizer);
+            params.stop_ids = ernie_checkpoint::end_of_turn_ids(&tokenizer);
             encoding::encode_conversation(&tokenizer, &template, &[Message::new("user", prompt)], &ChatTemplateOptions::default())?
         } else {
             tokenizer.encode(prompt, true)?

@@ -68,7 +68,7 @@ pub fn run(arguments: &ChatArguments) -> anyhow::Result<()> {
     if context > most {
         return Err(outcome::usage(format!("--context {context}: {model_name} was made for at most {most} tokens")));
     }
-    params.stop_ids.extend(encoding::end_of_turn_ids(&tokenizer));
+    params.stop_ids.extend(ernie_checkpoint::end_of_turn_ids(&tokenizer));
     let mut chat = Chat {
         session: Session::new(&model, context)?,
         tokenizer: &tokenizer,

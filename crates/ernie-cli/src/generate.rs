@@ -89,7 +89,7 @@ pub fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
                 let mut messages = Vec::new();
                 messages.extend(arguments.system.as_deref().map(|system| Message::new("system", system)));
                 messages.push(Message::new("user", text.trim_end_matches('\n')));
-                params.stop_ids.extend(encoding::end_of_turn_ids(tokenizer));
+                params.stop_ids.extend(ernie_checkpoint::end_of_turn_ids(tokenizer));
                 let template = arguments.model.chat_template()?;
                 encoding::encode_conversation(tokenizer, &template, &messages, &ChatTemplateOptions::default())?
             } else {

@@ -20,6 +20,7 @@ mod outcome;
 mod progress;
 mod quantize;
 mod sampling;
+mod serve;
 mod summarise;
 mod tokenize;
 mod train;
@@ -49,6 +50,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Bench(bench) => bench::run(bench),
         Command::Eval(eval) => eval::run(eval),
         Command::Explain(explain) => explain::run(explain),
+        Command::Serve(serve) => serve::run(serve),
         Command::Train(train) => train::run(train),
     }
 }

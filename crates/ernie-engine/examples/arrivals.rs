@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(|_| {
             let prompt = (0..random.between(8, 128)).map(|_| random.between(0, vocab) as u32).collect();
             let params = SamplingParams { max_tokens: random.between(8, 128), ignore_eos: true, ..SamplingParams::greedy() };
-            Request { prompt, params, logprobs: false }
+            Request { prompt, params, logprobs: None }
         })
         .collect();
     let options = EngineOptions { max_batch_size, drafts: DraftOptions { max_tokens: 0 }, prefix_cache: false, ..EngineOptions::default() };

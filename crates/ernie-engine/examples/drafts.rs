@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let options = EngineOptions { drafts: DraftOptions { max_tokens }, prefix_cache: false, ..EngineOptions::default() };
         let mut engine = Engine::new(Arc::clone(&model), options)?;
         let params = SamplingParams { max_tokens: ANSWER, ignore_eos: true, ..SamplingParams::greedy() };
-        engine.submit(Request { prompt: prompt.clone(), params, logprobs: false })?;
+        engine.submit(Request { prompt: prompt.clone(), params, logprobs: None })?;
         let (mut tokens, mut began) = (Vec::new(), None);
         while !engine.is_idle() {
             for event in engine.step() {

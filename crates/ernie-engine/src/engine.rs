@@ -12,6 +12,7 @@ use crate::cache::CacheLayout;
 use crate::drafts::{DraftOptions, Drafter};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
+use crate::logprobs::LogProbs;
 use crate::model::Model;
 use crate::paragraphs::Ends;
 use crate::runner::Runner;
@@ -61,8 +62,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to choose tokens and when to stop; stop strings are for who turns tokens into text.
     pub params: SamplingParams,
-    /// Report the log-probability of each token.
-    pub logprobs: bool,
+    /// Report the log-probability of each token, and of as many of the likeliest tokens in its place.
+    pub logprobs: Option<usize>,
 }
 
 /// A request's name.
@@ -79,6 +80,8 @@ pub enum Event {
         token: u32,
         /// ln of its probability under the model, before temperature and penalties, if that was asked for.
         logprob: Option<f32>,
+        /// The likeliest tokens in its place with theirs, as many as were asked for, the likeliest first.
+        top: Vec<(u32, f32)>,
     },
     /// A request is finished; nothing more will come of it.
     Finished {
@@ -171,7 +174,7 @@ struct Active {
     prompt_tokens: usize,
     output_tokens: usize,
     params: SamplingParams,
-    logprobs: bool,
+    logprobs: Option<usize>,
     sampler: Sampler,
     drafter: Drafter,
     paragraphs: Ends,
@@ -249,6 +252,10 @@ impl Engine {
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
         let mut sampler = Sampler::new(&request.params)?;
         self.model.check_ids(&request.prompt)?;
+        let vocab = self.model.config().vocab_size;
+        if let Some((id, _)) = request.params.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
+            return Err(Error::Parameter { field: "logit_bias", expected: "tokens of the vocabulary", got: id.to_string() });
+        }
         sampler.observe_prompt(&request.prompt);
         let id = SequenceId(self.next_id);
         let prompt_tokens = request.prompt.len();
@@ -419,8 +426,14 @@ impl Engine {
                 }
                 Err(error) => unreachable!("the parameters were checked: {error}"),
             };
-            let logprob = request.logprobs.then(|| logprob(logits, token));
-            self.events.push(Event::Token { id, token, logprob });
+            let (logprob, top) = match request.logprobs {
+                None => (None, Vec::new()),
+                Some(count) => {
+                    let scores = LogProbs::of(logits);
+                    (Some(scores.of_token(token)), scores.top(count))
+                }
+            };
+            self.events.push(Event::Token { id, token, logprob, top });
             self.accepted.push(token);
             request.output_tokens += 1;
             let ends = request.params.stop_ids.contains(&token)
@@ -454,10 +467,4 @@ impl Engine {
             self.events.push(Event::Finished { id, reason, prompt_tokens, output_tokens });
         }
     }
-}
-
-/// ln softmax(logits)\[token\].
-fn logprob(logits: &[f32], token: u32) -> f32 {
-    let (max, _) = kernels::largest(logits);
-    (f64::from(logits[token as usize] - max) - kernels::sum_of_exponentials(logits, max).ln()) as f32
 }

@@ -314,6 +314,11 @@ impl Model {
         self.layer(self.layers.len(), &mtp.layer, cache, rope, work);
     }
 
+    /// `work.x_th` as [`Model::forward`] left it, after the last norm: `[t, h]`.
+    pub(crate) fn final_states(&self, work: &Workspace, states_th: &mut [f32]) {
+        int8::norm(&self.pool, states_th, &work.x_th, &self.norm_h, self.config.rms_norm_eps as f32);
+    }
+
     /// Logits of the rows in `work.wanted` of `work.x_th`: `[wanted, v]` in `work.logits`.
     pub(crate) fn logits(&self, work: &mut Workspace) {
         let Workspace { x_th, normed_th, rows, wanted, logits, inner_ti, .. } = work;

@@ -1,10 +1,11 @@
 //! From logits to a token.
 //!
-//! The order is that of Hugging Face transformers and vLLM: **penalties → temperature → top-k → top-p → min-p → draw**. (llama.cpp applies the
+//! The order is that of Hugging Face transformers and vLLM: **penalties and biases → temperature → top-k → top-p → min-p → draw**. (llama.cpp applies the
 //! temperature last by default: with a temperature other than 1 the same top-p then keeps other tokens.)
 //! - repetition penalty (Keskar et al. 2019, arXiv:1909.05858): the logit of every token in the prompt or the output is divided by it if positive,
 //!   multiplied if negative;
 //! - frequency and presence penalties (OpenAI's definition): `logit −= count·frequency + (count > 0)·presence`, counting the output only;
+//! - a bias is added to its token's logit after that: −100 as good as forbids a token, 100 as good as commands it (OpenAI's definition);
 //! - top-k keeps the k likeliest tokens; top-p (Holtzman et al. 2020) the fewest likeliest whose probabilities reach p, at least one; min-p
 //!   (Nguyen et al. 2024, arXiv:2407.01082) those at least `min_p` times as likely as the likeliest. Each renormalises what is left.
 //!
@@ -34,6 +35,8 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     /// Over the output, per occurrence; finite, 0 changes nothing.
     pub frequency_penalty: f32,
+    /// Added to the logits of these tokens; finite. Of a token that is named more than once all count.
+    pub logit_bias: Vec<(u32, f32)>,
     /// The same seed with the same prompt and parameters gives the same tokens.
     pub seed: u64,
     /// Generation ends before the first of these strings; none may be empty.
@@ -56,6 +59,7 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
             stop: Vec::new(),
             stop_ids: Vec::new(),
@@ -86,6 +90,8 @@ impl SamplingParams {
         check(repetition.is_finite() && repetition > 0.0, "repetition_penalty", "a finite number > 0", &repetition)?;
         check(self.presence_penalty.is_finite(), "presence_penalty", "a finite number", &self.presence_penalty)?;
         check(self.frequency_penalty.is_finite(), "frequency_penalty", "a finite number", &self.frequency_penalty)?;
+        let bias = self.logit_bias.iter().map(|(_, bias)| bias).find(|bias| !bias.is_finite());
+        check(bias.is_none(), "logit_bias", "finite numbers", bias.unwrap_or(&0.0))?;
         check(self.stop.iter().all(|s| !s.is_empty()), "stop", "strings of at least one character", &"an empty string")?;
         check(self.max_tokens > 0, "max_tokens", "a number ≥ 1", &self.max_tokens)
     }
@@ -195,7 +201,7 @@ impl Sampler {
 
     fn penalises(&self) -> bool {
         let p = &self.params;
-        p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
+        p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 || !p.logit_bias.is_empty()
     }
 
     /// Checks the logits and, if there are penalties, puts the penalised ones aside. Returns the largest.
@@ -222,6 +228,13 @@ impl Sampler {
             let value = repeated - f64::from(count) * frequency - if count > 0 { presence } else { 0.0 };
             if *logit != f32::NEG_INFINITY {
                 *logit = value.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
+            }
+        }
+        for &(id, bias) in &self.params.logit_bias {
+            if let Some(logit) = self.penalised.get_mut(id as usize)
+                && *logit != f32::NEG_INFINITY
+            {
+                *logit = (f64::from(*logit) + f64::from(bias)).clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
             }
         }
         Ok(kernels::largest(&self.penalised).0)

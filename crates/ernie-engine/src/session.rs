@@ -128,6 +128,21 @@ impl<'m> Session<'m> {
         Ok(logits)
     }
 
+    /// Appends tokens; returns the model's final states `[tokens, hidden]`, after the last norm: what the head turns into logits.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn states_for(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        self.check_room(ids)?;
+        let hidden = self.model.config().hidden_size;
+        let mut states_th = vec![0.0; ids.len() * hidden];
+        for (chunk, states_ch) in ids.chunks(PREFILL_CHUNK).zip(states_th.chunks_mut(PREFILL_CHUNK * hidden)) {
+            self.step(chunk, 0);
+            self.model.final_states(&self.runner.work, states_ch);
+        }
+        Ok(states_th)
+    }
+
     /// Appends tokens; returns the logits of the checkpoint's multi-token-prediction block, `[tokens − 1, vocab]`: row j, at its position and told the token
     /// that follows, scores the token after that. `None` if the checkpoint has no such block. For an empty session.
     ///

@@ -111,7 +111,7 @@ pub fn summarise(
     let (mut waiting, mut finished) = (prompts.iter().enumerate(), 0);
     loop {
         for (index, prompt) in waiting.by_ref().take(batch - running.len()) {
-            let id = engine.submit(Request { prompt: prompt.ids.clone(), params: params.clone(), logprobs: false })?;
+            let id = engine.submit(Request { prompt: prompt.ids.clone(), params: params.clone(), logprobs: None })?;
             running.insert(id, (index, Vec::new()));
         }
         if running.is_empty() {

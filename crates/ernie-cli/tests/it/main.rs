@@ -7,6 +7,7 @@ mod goldens;
 mod inspect;
 mod program;
 mod quantize;
+mod serve;
 mod summarise;
 mod tiny_model;
 mod tokenize;

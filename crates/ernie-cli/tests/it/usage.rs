@@ -1,7 +1,7 @@
 //! Help, and command lines that are wrong.
 use crate::program::ernie;
 
-const COMMANDS: [&str; 9] = ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "explain", "train"];
+const COMMANDS: [&str; 10] = ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "explain", "serve", "train"];
 
 #[test]
 fn help_explains_every_command_with_examples() {
@@ -37,6 +37,9 @@ fn wrong_command_lines_exit_with_2_and_name_what_is_wrong() {
         (&["tokenize"], "TEXT"),
         (&["quantize", "only-one"], "OUT"),
         (&["bench", "--batch", "0"], "--batch"),
+        (&["serve", "--host", "0.0.0.0"], "0.0.0.0"),
+        (&["serve", "--weights", "int9"], "int9"),
+        (&["serve", "--config", "nowhere.toml"], "nowhere.toml"),
         (&["bench", "--pp", "100000"], "--pp 100000"),
         (&["explain"], "TEXT"),
         (&["explain", "x", "--file", "y"], "--file"),

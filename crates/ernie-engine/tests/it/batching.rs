@@ -48,7 +48,7 @@ fn model(name: &str, dtype: WeightDtype, kv_dtype: KvDtype, threads: usize) -> A
 fn record(answers: &mut HashMap<RequestId, Answer>, finished: &mut HashMap<RequestId, FinishReason>, events: &[EngineEvent]) {
     for event in events {
         match *event {
-            EngineEvent::Token { id, token, logprob } => {
+            EngineEvent::Token { id, token, logprob, .. } => {
                 assert!(!finished.contains_key(&id), "a token after the end");
                 answers.entry(id).or_default().push((token, logprob.map_or(0, f32::to_bits)));
             }
@@ -89,7 +89,7 @@ fn request(random: &mut Random, common: &[u32]) -> Request {
         2 => SamplingParams { temperature: 0.8, top_p: 0.9, repetition_penalty: 1.2, ..base },
         _ => SamplingParams { temperature: 1.3, top_k: 20, ..base },
     };
-    Request { prompt, params, logprobs: true }
+    Request { prompt, params, logprobs: Some(0) }
 }
 
 /// 600 random schedules: arrivals, batch sizes, budgets, caches so small that requests are preempted, shared beginnings, guesses, cancels, one and two
@@ -185,7 +185,7 @@ fn greedy_tokens_equal_those_of_transformers_all_at_once() {
     let mut engine = Engine::new(Arc::new(golden.model(WeightDtype::F32)), OPTIONS).unwrap();
     let params = SamplingParams { max_tokens: golden.greedy.len(), ..SamplingParams::greedy() };
     for _ in 0..5 {
-        engine.submit(Request { prompt: golden.prompt.clone(), params: params.clone(), logprobs: false }).unwrap();
+        engine.submit(Request { prompt: golden.prompt.clone(), params: params.clone(), logprobs: None }).unwrap();
     }
     let (mut answers, mut finished) = (HashMap::new(), HashMap::new());
     while !engine.is_idle() {
@@ -204,17 +204,21 @@ fn logprobs_are_those_of_the_model() {
     let model = Arc::new(golden.model(WeightDtype::F32));
     let mut engine = Engine::new(Arc::clone(&model), OPTIONS).unwrap();
     let params = SamplingParams { max_tokens: 5, ignore_eos: true, temperature: 0.7, ..SamplingParams::default() };
-    engine.submit(Request { prompt: golden.prompt.clone(), params, logprobs: true }).unwrap();
+    engine.submit(Request { prompt: golden.prompt.clone(), params, logprobs: Some(3) }).unwrap();
     let mut tokens = golden.prompt.clone();
     let mut session = ernie_engine::Session::new(&model, 60).unwrap();
     let mut logits = session.prefill(&tokens).unwrap().to_vec();
     while !engine.is_idle() {
         for event in engine.step() {
-            let EngineEvent::Token { token, logprob, .. } = *event else { continue };
+            let EngineEvent::Token { token, logprob, ref top, .. } = *event else { continue };
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
             let expected = f64::from(logits[token as usize] - max) - sum.ln();
             assert!((f64::from(logprob.unwrap()) - expected).abs() < 1e-5);
+            let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+            order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+            assert_eq!(top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), order[..3]);
+            assert!(top.iter().all(|(id, score)| *id != token || Some(*score) == logprob));
             tokens.push(token);
             logits = session.decode(token).unwrap().to_vec();
         }
@@ -227,12 +231,14 @@ fn what_cannot_be_run_is_refused_and_the_rest_goes_on() {
     let model = Arc::new(golden.model(WeightDtype::F32));
     let mut engine = Engine::new(Arc::clone(&model), OPTIONS).unwrap();
     let params = SamplingParams { max_tokens: 3, ..SamplingParams::greedy() };
-    let request = |prompt: Vec<u32>| Request { prompt, params: params.clone(), logprobs: false };
+    let request = |prompt: Vec<u32>| Request { prompt, params: params.clone(), logprobs: None };
     assert!(matches!(engine.submit(request(vec![])), Err(Error::EmptyPrompt)));
     assert!(matches!(engine.submit(request(vec![1, 1_000_000])), Err(Error::UnknownToken { position: 1, .. })));
     assert!(matches!(engine.submit(request(vec![1; 100_000])), Err(Error::ContextLength { .. })));
     let bad = Request { params: SamplingParams { top_p: 0.0, ..params.clone() }, ..request(vec![1]) };
     assert!(matches!(engine.submit(bad), Err(Error::Parameter { field: "top_p", .. })));
+    let bad = Request { params: SamplingParams { logit_bias: vec![(1_000_000, 1.0)], ..params.clone() }, ..request(vec![1]) };
+    assert!(matches!(engine.submit(bad), Err(Error::Parameter { field: "logit_bias", .. })));
     assert!(engine.is_idle() && engine.step().is_empty());
     let id = engine.submit(request(golden.prompt.clone())).unwrap();
     let gone = engine.submit(request(golden.prompt.clone())).unwrap();

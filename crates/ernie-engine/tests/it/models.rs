@@ -54,6 +54,26 @@ fn logits_of_the_token_after_the_next_equal_the_references() {
 }
 
 #[test]
+fn the_head_turns_final_states_into_the_references_logits() {
+    let golden = Golden::named("dense_tied");
+    let (model, checkpoint) = (golden.model(WeightDtype::F32), golden.checkpoint());
+    let hidden = model.config().hidden_size;
+    let embed_vh = checkpoint.tensor("model.embed_tokens.weight").unwrap().to_f32().unwrap();
+    for (ids, expected) in golden.ids.iter().zip(&golden.logits) {
+        let mut session = Session::new(&model, ids.len()).unwrap();
+        // In two parts: a state depends on what came before.
+        let mut states_th = session.states_for(&ids[..3]).unwrap();
+        states_th.extend(session.states_for(&ids[3..]).unwrap());
+        let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f32>();
+        let logits: Vec<f32> =
+            states_th.chunks_exact(hidden).flat_map(|x_h| embed_vh.chunks_exact(hidden).map(move |row_h| dot(x_h, row_h))).collect();
+        let worst = max_difference(&logits, expected);
+        assert!(logits.len() == expected.len() && worst <= 1e-4, "logits differ by {worst}");
+        assert!(matches!(session.states_for(&[1]), Err(Error::ContextLength { .. })));
+    }
+}
+
+#[test]
 fn no_cut_of_the_tokens_changes_a_bit() {
     for golden in Golden::all() {
         let model = golden.model(WeightDtype::Auto);

@@ -25,6 +25,9 @@ fn naive(params: &SamplingParams, prompt: &[u32], output: &[u32], logits: &[f32]
         if count > 0.0 {
             *x -= f64::from(params.presence_penalty);
         }
+        for (_, bias) in params.logit_bias.iter().filter(|(biased, _)| *biased as usize == id) {
+            *x += f64::from(*bias);
+        }
         *x = f64::from(*x as f32) / f64::from(params.temperature);
     }
     let mut order: Vec<usize> = (0..x.len()).collect();
@@ -69,7 +72,9 @@ fn variants() -> Vec<SamplingParams> {
         SamplingParams { repetition_penalty: 1.4, ..base.clone() },
         SamplingParams { repetition_penalty: 0.6, presence_penalty: 0.8, ..base.clone() },
         SamplingParams { frequency_penalty: 0.5, top_p: 0.95, ..base.clone() },
-        SamplingParams { frequency_penalty: -0.5, presence_penalty: -1.0, top_k: 12, ..base },
+        SamplingParams { frequency_penalty: -0.5, presence_penalty: -1.0, top_k: 12, ..base.clone() },
+        SamplingParams { logit_bias: vec![(3, 2.5), (0, -20.0), (3, 0.5)], ..base.clone() },
+        SamplingParams { logit_bias: vec![(17, -1.0)], repetition_penalty: 1.3, top_p: 0.9, ..base },
     ]
 }
 
@@ -166,6 +171,12 @@ fn penalties_change_what_greedy_takes() {
     let mut sampler = Sampler::new(&SamplingParams { presence_penalty: 1.0, ..SamplingParams::greedy() }).unwrap();
     sampler.observe_prompt(&[0]);
     assert_eq!(sampler.sample(&[1.0, 0.6]).unwrap(), 0, "presence counts the output only");
+    let biased = |bias: f32| SamplingParams { logit_bias: vec![(1, bias), (99, 5.0)], ..SamplingParams::greedy() };
+    for (bias, taken) in [(0.3, 0), (0.5, 1), (-100.0, 0), (100.0, 1)] {
+        assert_eq!(Sampler::new(&biased(bias)).unwrap().sample(&[1.0, 0.6]).unwrap(), taken, "bias {bias}");
+    }
+    let forbidden = Sampler::new(&biased(100.0)).unwrap().sample(&[1.0, f32::NEG_INFINITY]).unwrap();
+    assert_eq!(forbidden, 0, "a bias brings nothing back that is ruled out");
     let extreme = SamplingParams { repetition_penalty: f32::MIN_POSITIVE, frequency_penalty: f32::MAX, ..SamplingParams::default() };
     let mut sampler = Sampler::new(&extreme).unwrap();
     for _ in 0..5 {
@@ -210,6 +221,7 @@ fn parameters_out_of_range_are_named() {
         ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..base.clone() }),
         ("presence_penalty", SamplingParams { presence_penalty: f32::NAN, ..base.clone() }),
         ("frequency_penalty", SamplingParams { frequency_penalty: f32::INFINITY, ..base.clone() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(0, 1.0), (1, f32::NAN)], ..base.clone() }),
         ("stop", SamplingParams { stop: vec![String::new()], ..base.clone() }),
         ("max_tokens", SamplingParams { max_tokens: 0, ..base }),
     ];

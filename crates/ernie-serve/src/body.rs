@@ -1,0 +1,64 @@
+//! Bodies of requests: their size, their time, and what JSON says where.
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody, to_bytes};
+use axum::extract::{FromRequest, Request};
+use axum::http::{StatusCode, header};
+use serde::de::DeserializeOwned;
+
+use crate::api_error::ApiError;
+use crate::state::Shared;
+
+/// A whole body that says it is JSON. Types are read from it by [`JsonBody::parse`], as many as there are.
+#[derive(Debug)]
+pub struct JsonBody(Vec<u8>);
+
+impl FromRequest<Shared> for JsonBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &Shared) -> Result<Self, ApiError> {
+        // A page of another site can make a browser send text, but not JSON without asking first.
+        let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        if !kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {
+            let message = "The body must be JSON; send the header `content-type: application/json`.";
+            return Err(ApiError::request(StatusCode::UNSUPPORTED_MEDIA_TYPE, None, message));
+        }
+        let limit = state.config.max_body_bytes;
+        let too_large = || {
+            let message = format!("The body is larger than {limit} bytes.");
+            ApiError::request(StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large"), message)
+        };
+        let body: Body = request.into_body();
+        if body.size_hint().lower() > limit as u64 {
+            return Err(too_large());
+        }
+        match tokio::time::timeout(Duration::from_secs(state.config.body_timeout_s), to_bytes(body, limit)).await {
+            Ok(Ok(bytes)) => Ok(JsonBody(bytes.into())),
+            // The other reason, a client that is gone, reads no answer.
+            Ok(Err(_)) => Err(too_large()),
+            Err(_) => Err(ApiError::request(StatusCode::REQUEST_TIMEOUT, None, "The body did not come in time.")),
+        }
+    }
+}
+
+impl JsonBody {
+    /// Reads a type; fields that it does not know are passed over.
+    ///
+    /// # Errors
+    /// 400 that names the field at fault, if it is one.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let mut json = serde_json::Deserializer::from_slice(&self.0);
+        let refuse = |error: &serde_json::Error, param: Option<String>| {
+            let place = param.as_ref().map_or(String::new(), |param| format!("`{param}`: "));
+            let error = ApiError::request(StatusCode::BAD_REQUEST, None, format!("{place}{error}"));
+            param.into_iter().fold(error, ApiError::of)
+        };
+        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            let path = error.path().to_string();
+            // What is no JSON is nobody's field.
+            refuse(error.inner(), (path != "." && error.inner().is_data()).then_some(path))
+        })?;
+        json.end().map_err(|error| refuse(&error, None))?;
+        Ok(value)
+    }
+}

@@ -1,0 +1,306 @@
+//! What a server is told, and by whom: a TOML file, then the environment, then flags; the later wins.
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use ernie_engine::{DraftOptions, EngineOptions, KvDtype, LoadOptions, WeightDtype};
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::error::{Error, Result};
+
+/// What the names of environment variables begin with; the key of the configuration in capitals follows.
+pub const ENVIRONMENT_PREFIX: &str = "ERNIE_SERVE_";
+
+/// The configuration of a server. Every key may stand in the file, in the environment and on the command line.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServeConfig {
+    /// Address to listen on. Only this machine's own, for there are no keys.
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Directory of the model; the built-in one if there is none.
+    pub model: Option<PathBuf>,
+    /// What clients call the model; its directory's name if there is none.
+    pub model_name: Option<String>,
+    /// Form of the weights in memory.
+    pub weights: Weights,
+    /// Form of the keys and values of past tokens.
+    pub kv_cache: KvCache,
+    /// Memory of the key/value cache, MiB.
+    pub cache_mib: usize,
+    /// Most requests computed together.
+    pub max_batch_size: usize,
+    /// Most tokens computed in one step.
+    pub token_budget: usize,
+    /// Requests join and leave the batch at any step.
+    pub dynamic_batching: bool,
+    /// Keep the keys and values of finished texts.
+    pub prefix_cache: bool,
+    /// Most tokens of a request, prompt and answer together; 0 takes what the model was made for.
+    pub max_len: usize,
+    /// Most tokens guessed ahead; 0 guesses nothing.
+    pub draft_tokens: usize,
+    /// Most answers that may wait; beyond, requests get 429.
+    pub max_queue: usize,
+    /// Most answers streamed at once.
+    pub max_streams: usize,
+    /// Most connections; others wait to be accepted.
+    pub max_connections: usize,
+    /// Events of a request that may wait for its reader, for each of its answers; a reader that is further behind is cut off.
+    pub stream_buffer: usize,
+    /// Largest body of a request, bytes.
+    pub max_body_bytes: usize,
+    /// Seconds for the head of a request.
+    pub header_timeout_s: u64,
+    /// Seconds for the body of a request.
+    pub body_timeout_s: u64,
+    /// Seconds without a byte taken after which a reader is cut off.
+    pub write_timeout_s: u64,
+    /// Seconds that a shutdown waits for answers under way.
+    pub drain_timeout_s: u64,
+    /// The least important messages that are logged.
+    pub log_level: LogLevel,
+    /// How messages are written.
+    pub log_format: LogFormat,
+}
+
+/// Form of the weights in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Weights {
+    /// As the files have them.
+    Stored,
+    /// 32-bit.
+    F32,
+    /// 16-bit brain float.
+    Bf16,
+    /// 8-bit, rounded while loading.
+    Int8,
+}
+
+/// Form of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvCache {
+    /// bf16 with 8-bit weights, else 32-bit.
+    Auto,
+    /// 32-bit.
+    F32,
+    /// 16-bit brain float.
+    Bf16,
+    /// 8-bit.
+    Int8,
+}
+
+/// The least important messages that are logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+/// How messages are written, one a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl Default for ServeConfig {
+    fn default() -> Self {
+        let engine = EngineOptions::default();
+        ServeConfig {
+            host: IpAddr::from([127, 0, 0, 1]),
+            port: 8080,
+            model: None,
+            model_name: None,
+            weights: Weights::Stored,
+            kv_cache: KvCache::Auto,
+            cache_mib: engine.cache_bytes >> 20,
+            max_batch_size: engine.max_batch_size,
+            token_budget: engine.token_budget,
+            dynamic_batching: engine.dynamic_batching,
+            prefix_cache: engine.prefix_cache,
+            max_len: engine.max_len,
+            draft_tokens: engine.drafts.max_tokens,
+            max_queue: 128,
+            max_streams: 256,
+            max_connections: 1024,
+            stream_buffer: 1024,
+            max_body_bytes: 4 << 20,
+            header_timeout_s: 30,
+            body_timeout_s: 30,
+            write_timeout_s: 30,
+            drain_timeout_s: 30,
+            log_level: LogLevel::Info,
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+impl ServeConfig {
+    /// From a file, if one is named, the variables of the environment and the flags that were given, by key.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is no TOML, unknown keys or variables, values of the wrong kind or out of range; the error names the source.
+    pub fn load(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>, flags: Table) -> Result<Self> {
+        let mut table = Table::new();
+        if let Some(path) = file {
+            let refuse = |reason: String| Error::Config { origin: path.display().to_string(), reason };
+            let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+            table = text.parse::<Table>().map_err(|error| refuse(error.to_string()))?;
+            checked(&table).map_err(refuse)?;
+        }
+        let defaults =
+            Table::try_from(Self::default()).map_err(|error| Error::Config { origin: "defaults".into(), reason: error.to_string() })?;
+        for (name, text) in environment {
+            let Some(key) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
+            let key = key.to_ascii_lowercase();
+            // Text, unless the default says that it is something else.
+            let value = match defaults.get(&key) {
+                None | Some(Value::String(_)) => Value::String(text),
+                Some(_) => {
+                    let parsed = format!("value = {text}").parse::<Table>().ok().and_then(|mut line| line.remove("value"));
+                    parsed.unwrap_or(Value::String(text))
+                }
+            };
+            checked(&Table::from_iter([(key.clone(), value.clone())])).map_err(|reason| Error::Config { origin: name, reason })?;
+            table.insert(key, value);
+        }
+        table.extend(flags);
+        let config = checked(&table).map_err(|reason| Error::Config { origin: "configuration".to_owned(), reason })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks what types do not.
+    ///
+    /// # Errors
+    /// A value out of range; an address that others can reach.
+    pub fn validate(&self) -> Result<()> {
+        if !self.host.is_loopback() {
+            return Err(Error::NotLoopback { host: self.host });
+        }
+        let positive = [
+            ("cache_mib", self.cache_mib),
+            ("max_batch_size", self.max_batch_size),
+            ("token_budget", self.token_budget),
+            ("max_queue", self.max_queue),
+            ("max_streams", self.max_streams),
+            ("max_connections", self.max_connections),
+            ("stream_buffer", self.stream_buffer),
+            ("max_body_bytes", self.max_body_bytes),
+        ];
+        // Above, sizes of channels and of memory in bytes would overflow.
+        match positive.iter().find(|(_, value)| !(1..=u32::MAX as usize).contains(value)) {
+            None => Ok(()),
+            Some((key, value)) => {
+                let reason = format!("{key}: expected a number from 1 to {}, got {value}", u32::MAX);
+                Err(Error::Config { origin: "configuration".to_owned(), reason })
+            }
+        }
+    }
+
+    /// For the engine.
+    pub fn engine_options(&self) -> EngineOptions {
+        EngineOptions {
+            cache_bytes: self.cache_mib << 20,
+            max_batch_size: self.max_batch_size,
+            token_budget: self.token_budget,
+            dynamic_batching: self.dynamic_batching,
+            prefix_cache: self.prefix_cache,
+            max_len: self.max_len,
+            drafts: DraftOptions { max_tokens: self.draft_tokens },
+            ..EngineOptions::default()
+        }
+    }
+
+    /// For loading the model.
+    pub fn load_options(&self, threads: usize) -> LoadOptions {
+        let dtype = match self.weights {
+            Weights::Stored => WeightDtype::Auto,
+            Weights::F32 => WeightDtype::F32,
+            Weights::Bf16 => WeightDtype::Bf16,
+            Weights::Int8 => WeightDtype::Int8,
+        };
+        let kv_dtype = match self.kv_cache {
+            KvCache::Auto => None,
+            KvCache::F32 => Some(KvDtype::F32),
+            KvCache::Bf16 => Some(KvDtype::Bf16),
+            KvCache::Int8 => Some(KvDtype::Int8),
+        };
+        LoadOptions { dtype, threads, kv_dtype }
+    }
+
+    /// As a TOML file that gives the same configuration.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_else(|error| unreachable!("plain values are TOML: {error}"))
+    }
+}
+
+/// The configuration of a table, with the key named if it is at fault.
+fn checked(table: &Table) -> std::result::Result<ServeConfig, String> {
+    serde_path_to_error::deserialize(table.clone()).map_err(|error| match error.path().to_string().as_str() {
+        "." => error.inner().message().to_owned(),
+        path => format!("{path}: {}", error.inner().message()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(file: Option<&Path>, environment: &[(&str, &str)], flags: &str) -> Result<ServeConfig> {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        ServeConfig::load(file, environment, flags.parse().unwrap())
+    }
+
+    #[test]
+    fn the_later_source_wins_and_what_is_printed_gives_the_same_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serve.toml");
+        std::fs::write(&path, "port = 1\nmax_queue = 2\nmodel_name = \"file\"\nweights = \"int8\"\n").unwrap();
+        let environment =
+            [("ERNIE_SERVE_PORT", "3"), ("ERNIE_SERVE_MODEL_NAME", "4"), ("ERNIE_SERVE_PREFIX_CACHE", "false"), ("HOME", "/")];
+        let config = load(Some(&path), &environment, "port = 5\nhost = \"::1\"").unwrap();
+        let expected = ServeConfig {
+            port: 5,
+            host: "::1".parse().unwrap(),
+            max_queue: 2,
+            model_name: Some("4".to_owned()),
+            prefix_cache: false,
+            weights: Weights::Int8,
+            ..ServeConfig::default()
+        };
+        assert_eq!(config, expected);
+        std::fs::write(&path, config.to_toml()).unwrap();
+        assert_eq!(load(Some(&path), &[], "").unwrap(), config);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_source() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serve.toml");
+        for (text, part) in [("port = 70000", "port"), ("prot = 1", "prot"), ("port = ", "serve.toml"), ("weights = \"int9\"", "int9")] {
+            std::fs::write(&path, text).unwrap();
+            let error = load(Some(&path), &[], "").unwrap_err().to_string();
+            assert!(error.contains("serve.toml") && error.contains(part), "{text}: {error}");
+        }
+        for (name, value) in [("ERNIE_SERVE_PORT", "eighty"), ("ERNIE_SERVE_PROT", "1"), ("ERNIE_SERVE_PREFIX_CACHE", "yes")] {
+            let error = load(None, &[(name, value)], "").unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+        for (flags, part) in [("host = \"0.0.0.0\"", "0.0.0.0"), ("max_queue = 0", "max_queue"), ("cache_mib = 10000000000", "cache_mib")] {
+            let error = load(None, &[], flags).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

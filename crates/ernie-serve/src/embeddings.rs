@@ -1,0 +1,127 @@
+//! `POST /v1/embeddings`: texts as vectors of length 1.
+//!
+//! A vector is the mean of the model's final states over the text. The models are trained to tell the next token, so the last state alone would speak of
+//! what follows; the mean speaks of the whole text, and needs no training of its own.
+use axum::Json;
+use axum::extract::State as Extract;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use utoipa::ToSchema;
+
+use crate::answer::Usage;
+use crate::api_error::{ApiError, ErrorBody};
+use crate::body::JsonBody;
+use crate::prompt::Prompt;
+use crate::state::Shared;
+use crate::worker::{Event, Job, Task};
+
+/// Texts.
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+pub struct EmbeddingRequest {
+    /// The model's name.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// Text or token ids, one or several.
+    pub input: Prompt,
+    /// How vectors are written.
+    #[serde(default)]
+    pub encoding_format: Option<Encoding>,
+    /// Only the model's own number is supported.
+    #[serde(default)]
+    pub dimensions: Option<usize>,
+}
+
+/// How vectors are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Encoding {
+    /// A list of numbers.
+    #[default]
+    Float,
+    /// 32-bit numbers, little endian, as base64.
+    Base64,
+}
+
+/// Their vectors.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct EmbeddingResponse {
+    /// `list`.
+    pub object: &'static str,
+    /// One for each text.
+    pub data: Vec<Embedding>,
+    /// The model's name.
+    pub model: String,
+    /// Tokens of the texts.
+    pub usage: Usage,
+}
+
+/// A vector.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Embedding {
+    /// `embedding`.
+    pub object: &'static str,
+    /// Which text's.
+    pub index: usize,
+    /// As many numbers as the model's states have.
+    pub embedding: Vector,
+}
+
+/// A vector as it is written.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum Vector {
+    /// Numbers.
+    Float(Vec<f32>),
+    /// base64.
+    Base64(String),
+}
+
+impl Vector {
+    fn new(values: Vec<f32>, encoding: Encoding) -> Self {
+        match encoding {
+            Encoding::Float => Vector::Float(values),
+            Encoding::Base64 => Vector::Base64(STANDARD.encode(values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>())),
+        }
+    }
+}
+
+/// Texts to vectors
+#[utoipa::path(post, path = "/v1/embeddings", tag = "openai", request_body = EmbeddingRequest, responses(
+    (status = 200, description = "The vectors", body = EmbeddingResponse),
+    (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
+    (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
+))]
+pub async fn embeddings(Extract(state): Extract<Shared>, body: JsonBody) -> Result<Json<EmbeddingResponse>, ApiError> {
+    let request: EmbeddingRequest = body.parse()?;
+    state.check_model(request.model.as_deref())?;
+    let hidden = state.model.config().hidden_size;
+    if request.dimensions.is_some_and(|dimensions| dimensions != hidden) {
+        return Err(ApiError::unsupported("dimensions", &format!("this model's vectors have {hidden}")));
+    }
+    let input = request.input;
+    let texts = state.compute(|state| input.encode(state, "input")).await?;
+    let tokens = texts.iter().map(Vec::len).sum();
+    let mut places = state.reserve(texts.len())?;
+    let (sender, mut events) = mpsc::channel(texts.len());
+    let mut vectors = vec![None; texts.len()];
+    for (index, prompt) in texts.into_iter().enumerate() {
+        places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone() });
+    }
+    drop(sender);
+    while let Some((index, event)) = events.recv().await {
+        match event {
+            Event::Embedding(values) => vectors[index] = Some(values),
+            Event::Failed(error) => return Err(ApiError::engine(&error, "input")),
+            other => unreachable!("embeddings were asked for, not {other:?}"),
+        }
+    }
+    let encoding = request.encoding_format.unwrap_or_default();
+    let embedding = |(index, values): (usize, Option<Vec<f32>>)| {
+        let values = values.ok_or_else(|| ApiError::unavailable("The server is stopping."))?;
+        Ok(Embedding { object: "embedding", index, embedding: Vector::new(values, encoding) })
+    };
+    let data = vectors.into_iter().enumerate().map(embedding).collect::<Result<_, ApiError>>()?;
+    Ok(Json(EmbeddingResponse { object: "list", data, model: state.name.clone(), usage: Usage::new(tokens, 0) }))
+}

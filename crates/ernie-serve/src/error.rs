@@ -1,0 +1,42 @@
+//! Why a server does not start, or ends.
+use std::net::{IpAddr, SocketAddr};
+
+/// Shorthand for results of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong before the first request or after the last.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A source of the configuration is at fault.
+    #[error("{origin}: {reason}")]
+    Config {
+        /// File, variable or flags.
+        origin: String,
+        /// What was expected and found.
+        reason: String,
+    },
+    /// Others could reach a server that knows no keys.
+    #[error("host {host}: without keys only this machine itself may be served; use 127.0.0.1 or ::1, and a proxy that checks who asks")]
+    NotLoopback {
+        /// The address asked for.
+        host: IpAddr,
+    },
+    /// The address is taken or is not this machine's.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The system gives no thread, no signal or no runtime.
+    #[error("cannot start the server: {0}")]
+    Start(std::io::Error),
+    /// The engine does not take the model with these options.
+    #[error(transparent)]
+    Engine(#[from] ernie_engine::Error),
+    /// The server was told to stop at once.
+    #[error("stopped before all answers were finished")]
+    Stopped,
+}

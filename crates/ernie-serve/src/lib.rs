@@ -1,0 +1,36 @@
+//! An OpenAI-compatible HTTP server around [`ernie_engine`].
+//!
+//! HTTP checks a request, turns it into token ids and puts it into a bounded queue; one thread owns the engine ([`Worker`]) and sends tokens back through
+//! a bounded channel for each request. Neither waits for the other's slowest member: a full queue is answered with 429, and a reader that does not keep up
+//! or is gone loses its request before the next step.
+//!
+//! There are no keys yet, so only addresses of this machine are listened on.
+mod answer;
+mod api_error;
+mod body;
+mod chat;
+mod completions;
+mod config;
+mod connection;
+mod embeddings;
+mod error;
+pub mod log;
+mod metrics;
+mod prompt;
+mod request_id;
+mod routes;
+mod sampling;
+mod server;
+mod state;
+mod token_text;
+mod tokens;
+mod whole;
+mod worker;
+
+pub use config::{ENVIRONMENT_PREFIX, KvCache, LogFormat, LogLevel, ServeConfig, Weights};
+pub use error::{Error, Result};
+pub use metrics::{Metrics, StreamGuard};
+pub use server::{Server, serve_until_signal, url};
+pub use state::ServedModel;
+pub use whole::Score;
+pub use worker::{Event, Events, Job, Places, Refused, Task, Token, Worker};

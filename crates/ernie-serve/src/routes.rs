@@ -1,0 +1,191 @@
+//! Which path does what; and what goes around every request: its id, its line in the log, its count.
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Path, Request, State as Extract};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Serialize;
+use utoipa::{OpenApi, ToSchema};
+
+use crate::api_error::{ApiError, ErrorBody};
+use crate::chat::chat_completions;
+use crate::completions::completions;
+use crate::embeddings::embeddings;
+use crate::request_id::{self, RequestId};
+use crate::state::{Shared, State};
+use crate::tokens::{detokenize, tokenize};
+use crate::{chat, completions, embeddings, tokens};
+
+/// The description that `/openapi.json` gives.
+#[derive(Debug, OpenApi)]
+#[openapi(
+    info(title = "ernie serve", description = "An OpenAI-compatible server for ERNIE-4.5 models"),
+    paths(
+        list_models,
+        one_model,
+        completions::completions,
+        chat::chat_completions,
+        embeddings::embeddings,
+        tokens::tokenize,
+        tokens::detokenize,
+        live,
+        ready,
+        metrics,
+        openapi
+    )
+)]
+struct Description;
+
+/// All routes.
+pub fn router(state: Shared) -> Router {
+    Router::new()
+        .route("/v1/models", get(list_models))
+        .route("/v1/models/{model}", get(one_model))
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/v1/tokenize", post(tokenize))
+        .route("/v1/detokenize", post(detokenize))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi))
+        .fallback(not_found)
+        .method_not_allowed_fallback(not_allowed)
+        .layer(middleware::from_fn_with_state(state.clone(), around))
+        .with_state(state)
+}
+
+/// A model.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ModelEntry {
+    /// Its name.
+    pub id: String,
+    /// `model`.
+    pub object: &'static str,
+    /// When the server started, Unix seconds.
+    pub created: u64,
+    /// Whose it is.
+    pub owned_by: &'static str,
+    /// Most tokens of a request, prompt and answer together.
+    pub max_model_len: usize,
+}
+
+/// All models: one.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ModelList {
+    /// `list`.
+    pub object: &'static str,
+    /// The models.
+    pub data: Vec<ModelEntry>,
+}
+
+fn entry(state: &State) -> ModelEntry {
+    ModelEntry { id: state.name.clone(), object: "model", created: state.started, owned_by: "ernie", max_model_len: state.max_len }
+}
+
+/// The models
+#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "The models", body = ModelList)))]
+async fn list_models(Extract(state): Extract<Shared>) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: vec![entry(&state)] })
+}
+
+/// One model
+#[utoipa::path(get, path = "/v1/models/{model}", tag = "openai", params(("model" = String, Path, description = "Its name")), responses(
+    (status = 200, description = "The model", body = ModelEntry),
+    (status = 404, description = "There is none of that name", body = ErrorBody),
+))]
+async fn one_model(Extract(state): Extract<Shared>, Path(model): Path<String>) -> Result<Json<ModelEntry>, ApiError> {
+    state.check_model(Some(&model))?;
+    Ok(Json(entry(&state)))
+}
+
+/// Whether the process answers
+#[utoipa::path(get, path = "/health/live", tag = "operation", responses((status = 200, description = "It does", body = String)))]
+async fn live() -> &'static str {
+    "live\n"
+}
+
+/// Whether requests are taken
+#[utoipa::path(get, path = "/health/ready", tag = "operation", responses(
+    (status = 200, description = "They are", body = String),
+    (status = 503, description = "The server is shutting down, or its engine has come to an end", body = ErrorBody),
+))]
+async fn ready(Extract(state): Extract<Shared>) -> Result<&'static str, ApiError> {
+    let ready = state.worker.is_open() && !state.draining.load(Ordering::SeqCst);
+    if ready { Ok("ready\n") } else { Err(ApiError::unavailable("The server takes no requests.")) }
+}
+
+/// Counters and histograms
+#[utoipa::path(get, path = "/metrics", tag = "operation", responses((status = 200, description = "OpenMetrics text", body = String)))]
+async fn metrics(Extract(state): Extract<Shared>) -> impl IntoResponse {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], state.metrics.page(state.worker.waiting()))
+}
+
+/// This description
+#[utoipa::path(get, path = "/openapi.json", tag = "operation", responses((status = 200, description = "OpenAPI", body = Object)))]
+async fn openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(Description::openapi())
+}
+
+async fn not_found(uri: Uri) -> ApiError {
+    ApiError::request(StatusCode::NOT_FOUND, Some("unknown_url"), format!("There is nothing at {}; see /openapi.json.", uri.path()))
+}
+
+async fn not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::request(StatusCode::METHOD_NOT_ALLOWED, None, format!("{method} is not what {} answers; see /openapi.json.", uri.path()))
+}
+
+/// Names the request, refuses what a page of another site may have sent, notes the answer.
+async fn around(Extract(state): Extract<Shared>, mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let id = RequestId::of(request.headers(), &state);
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let mut response = if host.is_none_or(is_this_machine) {
+        request.extensions_mut().insert(id.clone());
+        next.run(request).await
+    } else {
+        let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
+        ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
+    };
+    let status = response.status().as_u16();
+    state.metrics.answered(&route, status);
+    let seconds = began.elapsed().as_secs_f64();
+    // Until the head of the answer: a stream goes on.
+    tracing::info!(request_id = %id.0, %method, %route, status, seconds, "answered");
+    if let Ok(id) = HeaderValue::from_str(&id.0) {
+        response.headers_mut().insert(request_id::HEADER, id);
+    }
+    response
+}
+
+/// Whether a `Host` header means this machine. A page whose name was made to lead here (DNS rebinding) sends its own name.
+fn is_this_machine(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_this_machine;
+
+    #[test]
+    fn names_of_this_machine() {
+        for host in ["localhost", "LOCALHOST:80", "127.0.0.1:8080", "127.3.2.1", "[::1]:8080", "[::1]"] {
+            assert!(is_this_machine(host), "{host}");
+        }
+        for host in ["", "example.com", "localhost.example.com", "10.0.0.1:80", "[2001:db8::1]", "127.0.0.1.example.com:80"] {
+            assert!(!is_this_machine(host), "{host}");
+        }
+    }
+}

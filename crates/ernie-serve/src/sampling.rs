@@ -1,0 +1,162 @@
+//! The fields that completions and chats share: how tokens are chosen, how many, and how the answer is sent.
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use ernie_engine::SamplingParams;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::api_error::ApiError;
+
+/// Most answers to one prompt, as OpenAI has it.
+const MAX_N: u32 = 128;
+/// Most stop strings: each is looked for in every piece of text.
+const MAX_STOPS: usize = 16;
+/// Most alternatives reported for a token, as OpenAI's chats have it.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
+
+/// How tokens are chosen. Absent and null fields take the defaults of OpenAI's API; the penalties and everything else the released definitions.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(default)]
+pub struct Sampling {
+    /// The model's name; the one there is if absent.
+    pub model: Option<String>,
+    /// Most tokens of an answer; 16 for completions, what the context leaves for chats.
+    pub max_tokens: Option<u32>,
+    /// The same under its later name, which wins.
+    pub max_completion_tokens: Option<u32>,
+    /// 0 to 2; 0 takes the likeliest token each time. 1 if absent.
+    pub temperature: Option<f32>,
+    /// Above 0, at most 1; 1 if absent.
+    pub top_p: Option<f32>,
+    /// The k likeliest tokens only; 0 and −1 mean all.
+    pub top_k: Option<i64>,
+    /// 0 to 1: tokens at least as many times as likely as the likeliest.
+    pub min_p: Option<f32>,
+    /// −2 to 2.
+    pub presence_penalty: Option<f32>,
+    /// −2 to 2.
+    pub frequency_penalty: Option<f32>,
+    /// Above 0; 1 changes nothing.
+    pub repetition_penalty: Option<f32>,
+    /// Token ids with what is added to their logits, −100 to 100.
+    pub logit_bias: Option<BTreeMap<String, f32>>,
+    /// The same seed with the same request gives the same answer; a new one each time if absent. Answer i of n has seed + i.
+    pub seed: Option<i64>,
+    /// The answer ends before the first of these.
+    pub stop: Option<Stop>,
+    /// The answer ends at any of these tokens.
+    pub stop_token_ids: Option<Vec<u32>>,
+    /// Go on past the model's own end of a text.
+    pub ignore_eos: Option<bool>,
+    /// Answers to each prompt, 1 to 128.
+    pub n: Option<u32>,
+    /// Send the answer as server-sent events while it is made.
+    pub stream: Option<bool>,
+    /// About the stream.
+    pub stream_options: Option<StreamOptions>,
+}
+
+/// About a stream.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(default)]
+pub struct StreamOptions {
+    /// A last event with the counts of tokens.
+    pub include_usage: Option<bool>,
+}
+
+/// One string or several.
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
+pub enum Stop {
+    /// One.
+    One(String),
+    /// Several.
+    Several(Vec<String>),
+}
+
+impl Sampling {
+    /// Answers to each prompt.
+    pub fn n(&self) -> Result<usize, ApiError> {
+        match self.n.unwrap_or(1) {
+            n @ 1..=MAX_N => Ok(n as usize),
+            n => Err(out_of_range("n", format!("1 to {MAX_N}"), n)),
+        }
+    }
+
+    /// Whether the answer is streamed.
+    pub fn streams(&self) -> Result<bool, ApiError> {
+        let streams = self.stream.unwrap_or(false);
+        if self.stream_options.is_some() && !streams {
+            return Err(ApiError::field("stream_options", "`stream_options` is for streams only; set `stream` to true."));
+        }
+        Ok(streams)
+    }
+
+    /// Whether the stream ends with counts.
+    pub fn includes_usage(&self) -> bool {
+        self.stream_options.and_then(|options| options.include_usage).unwrap_or(false)
+    }
+
+    /// What was said of the most tokens, and in which field.
+    pub fn max_tokens(&self) -> Option<(&'static str, usize)> {
+        let later = self.max_completion_tokens.map(|most| ("max_completion_tokens", most as usize));
+        later.or(self.max_tokens.map(|most| ("max_tokens", most as usize)))
+    }
+
+    /// The engine's parameters, all checked. `seed`: the one to take if none is given.
+    ///
+    /// # Errors
+    /// 400 that names the first field out of range.
+    pub fn params(&self, seed: u64, max_tokens: usize) -> Result<SamplingParams, ApiError> {
+        let default = SamplingParams::default();
+        let stop = match &self.stop {
+            None => Vec::new(),
+            Some(Stop::One(stop)) => vec![stop.clone()],
+            Some(Stop::Several(stops)) => stops.clone(),
+        };
+        if stop.len() > MAX_STOPS {
+            return Err(ApiError::field("stop", format!("`stop`: expected at most {MAX_STOPS} strings, got {}", stop.len())));
+        }
+        let top_k = match self.top_k.unwrap_or(0) {
+            -1 => 0,
+            k => usize::try_from(k).map_err(|_| out_of_range("top_k", "a number ≥ -1", k))?,
+        };
+        let params = SamplingParams {
+            temperature: in_range("temperature", 0.0..=2.0, self.temperature, default.temperature)?,
+            top_p: self.top_p.unwrap_or(default.top_p),
+            top_k,
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            presence_penalty: in_range("presence_penalty", -2.0..=2.0, self.presence_penalty, default.presence_penalty)?,
+            frequency_penalty: in_range("frequency_penalty", -2.0..=2.0, self.frequency_penalty, default.frequency_penalty)?,
+            logit_bias: self.logit_bias()?,
+            seed: self.seed.map_or(seed, i64::cast_unsigned),
+            stop,
+            stop_ids: self.stop_token_ids.clone().unwrap_or_default(),
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            max_tokens,
+        };
+        params.validate().map_err(|error| ApiError::engine(&error, "prompt"))?;
+        Ok(params)
+    }
+
+    fn logit_bias(&self) -> Result<Vec<(u32, f32)>, ApiError> {
+        let biases = self.logit_bias.iter().flatten().map(|(token, &bias)| {
+            let id = token.parse().map_err(|_| ApiError::field("logit_bias", format!("`logit_bias`: `{token}` is no token id")))?;
+            in_range("logit_bias", -100.0..=100.0, Some(bias), 0.0).map(|bias| (id, bias))
+        });
+        biases.collect()
+    }
+}
+
+fn out_of_range(field: &str, expected: impl std::fmt::Display, got: impl std::fmt::Display) -> ApiError {
+    ApiError::field(field, format!("`{field}`: expected {expected}, got {got}"))
+}
+
+fn in_range(field: &str, range: RangeInclusive<f32>, value: Option<f32>, default: f32) -> Result<f32, ApiError> {
+    match value.unwrap_or(default) {
+        value if range.contains(&value) => Ok(value),
+        value => Err(out_of_range(field, format!("a number from {} to {}", range.start(), range.end()), value)),
+    }
+}

@@ -1,0 +1,270 @@
+//! The server's life: listening, accepting, draining, ending.
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use axum::Router;
+use ernie_engine::Engine;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+
+use crate::config::ServeConfig;
+use crate::connection::Timed;
+use crate::error::{Error, Result};
+use crate::metrics::Metrics;
+use crate::routes;
+use crate::state::{ServedModel, Shared, State, unix_seconds};
+use crate::worker::Worker;
+
+/// After an error of the system while accepting (no more files, say): time for others to end.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A server that listens and does not answer yet.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    state: Shared,
+    engine: JoinHandle<()>,
+}
+
+impl Server {
+    /// Starts the engine and listens. Connections wait until [`Server::run`].
+    ///
+    /// # Errors
+    /// A configuration out of range, an address that cannot be had, an engine that does not take its options, no thread.
+    pub async fn bind(config: ServeConfig, served: ServedModel) -> Result<Self> {
+        config.validate()?;
+        let asked = SocketAddr::new(config.host, config.port);
+        let listen = |error| Error::Listen { address: asked, error };
+        let listener = TcpListener::bind(asked).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let ServedModel { name, model, tokenizer, template } = served;
+        let (tokenizer, metrics) = (Arc::new(tokenizer), Arc::new(Metrics::new()));
+        let engine = Engine::new(Arc::clone(&model), config.engine_options())?;
+        let max_len = engine.max_len();
+        let batch = config.max_batch_size;
+        let started = Worker::start(engine, batch, Arc::clone(&tokenizer), Arc::clone(&metrics), config.max_queue);
+        let (worker, engine) = started.map_err(Error::Start)?;
+        let state = Arc::new(State {
+            streams: Arc::new(Semaphore::new(config.max_streams)),
+            config,
+            name,
+            model,
+            max_len,
+            tokenizer,
+            template,
+            worker,
+            metrics,
+            draining: AtomicBool::new(false),
+            started: unix_seconds(),
+            random: Default::default(),
+        });
+        Ok(Server { listener, address, state, engine })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers until `shutdown` comes; then no request is taken any more (503), and those under way are finished as far as the configured time allows.
+    ///
+    /// # Errors
+    /// None at present.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
+        let Server { listener, address, state, engine } = self;
+        let (closing, closed) = watch::channel(false);
+        let mut accepting = Accepting {
+            slots: Arc::new(Semaphore::new(state.config.max_connections)),
+            router: routes::router(Arc::clone(&state)),
+            connections: JoinSet::new(),
+            listener,
+            closed,
+            state,
+        };
+        tracing::info!(%address, model = %accepting.state.name, "listening");
+        accepting.until(pin!(shutdown)).await;
+
+        // Still accepting, so that who asks is told.
+        let state = Arc::clone(&accepting.state);
+        let deadline = Instant::now() + Duration::from_secs(state.config.drain_timeout_s);
+        state.draining.store(true, Ordering::SeqCst);
+        state.worker.close();
+        tracing::info!("shutting down: no new requests, finishing those under way");
+        let mut finished = tokio::task::spawn_blocking(move || engine.join());
+        let stopped = Arc::clone(&state);
+        let drained = async {
+            tokio::select! {
+                _ = &mut finished => {}
+                () = sleep_until(deadline) => {
+                    stopped.worker.stop();
+                    let _ = (&mut finished).await;
+                }
+            }
+        };
+        accepting.until(pin!(drained)).await;
+        let Accepting { mut connections, listener, .. } = accepting;
+        drop(listener);
+        // Nobody listening is as good.
+        let _ = closing.send(true);
+        // What is computed may still have to be read.
+        let last = deadline.max(Instant::now() + Duration::from_secs(1));
+        if timeout_at(last, async { while connections.join_next().await.is_some() {} }).await.is_err() {
+            tracing::warn!(connections = connections.len(), "connections cut off");
+            connections.abort_all();
+        }
+        tracing::info!("stopped");
+        Ok(())
+    }
+
+    /// Ends the engine before its next step, whatever is under way.
+    pub fn stopper(&self) -> impl Fn() + Send + use<> {
+        let state = Arc::clone(&self.state);
+        move || state.worker.stop()
+    }
+}
+
+/// What accepting takes.
+struct Accepting {
+    listener: TcpListener,
+    slots: Arc<Semaphore>,
+    router: Router,
+    connections: JoinSet<()>,
+    closed: watch::Receiver<bool>,
+    state: Shared,
+}
+
+impl Accepting {
+    /// Accepts connections until `end` comes.
+    async fn until(&mut self, mut end: Pin<&mut impl Future<Output = ()>>) {
+        loop {
+            let next = async {
+                let slot = Arc::clone(&self.slots).acquire_owned().await;
+                (slot, self.listener.accept().await)
+            };
+            tokio::select! {
+                () = &mut end => return,
+                Some(_) = self.connections.join_next(), if !self.connections.is_empty() => {}
+                (slot, accepted) = next => match accepted {
+                    Ok((stream, _)) => {
+                        let connection = serve(stream, self.router.clone(), self.closed.clone(), Arc::clone(&self.state));
+                        self.connections.spawn(async move {
+                            connection.await;
+                            drop(slot);
+                        });
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a connection");
+                        sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+            }
+        }
+    }
+}
+
+/// One connection, until its end or the server's.
+async fn serve(stream: TcpStream, router: Router, mut closed: watch::Receiver<bool>, state: Shared) {
+    // Pieces of a stream are small and wanted at once; without the option they only come later.
+    let _ = stream.set_nodelay(true);
+    let stream = Timed::new(stream, Duration::from_secs(state.config.write_timeout_s));
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(state.config.header_timeout_s));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = async { drop(closed.wait_for(|closed| *closed).await) } => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+/// Runs a server until Ctrl-C or SIGTERM, in a runtime of its own. `listening` is told where as soon as that is known.
+///
+/// # Errors
+/// As [`Server::bind`]; [`Error::Stopped`] if a second signal came before all was finished.
+pub fn serve_until_signal(config: ServeConfig, served: ServedModel, listening: impl FnOnce(SocketAddr)) -> Result<()> {
+    // Threads for connections only: they wait most of the time, and the cores are the engine's.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Error::Start)?;
+    let outcome = runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        let server = Server::bind(config, served).await?;
+        listening(server.address());
+        let stop = server.stopper();
+        let (begin, begun) = tokio::sync::oneshot::channel::<()>();
+        let run = server.run(async {
+            // A sender that is gone means the same.
+            let _ = begun.await;
+        });
+        let mut run = pin!(run);
+        tokio::select! {
+            ended = &mut run => return ended,
+            () = signals.next() => drop(begin),
+        }
+        tokio::select! {
+            ended = &mut run => ended,
+            () = signals.next() => {
+                stop();
+                Err(Error::Stopped)
+            }
+        }
+    });
+    runtime.shutdown_background();
+    outcome
+}
+
+/// Ctrl-C and SIGTERM.
+struct Signals {
+    #[cfg(unix)]
+    terminate: tokio::signal::unix::Signal,
+    #[cfg(unix)]
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        #[cfg(unix)]
+        {
+            use tokio::signal::unix::{SignalKind, signal};
+            let of = |kind| signal(kind).map_err(Error::Start);
+            Ok(Signals { terminate: of(SignalKind::terminate())?, interrupt: of(SignalKind::interrupt())? })
+        }
+        #[cfg(not(unix))]
+        Ok(Signals {})
+    }
+
+    async fn next(&mut self) {
+        #[cfg(unix)]
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+        #[cfg(not(unix))]
+        if tokio::signal::ctrl_c().await.is_err() {
+            // Without signals it runs until it is killed.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// The address as it stands in a URL.
+pub fn url(address: SocketAddr) -> String {
+    match address.ip() {
+        IpAddr::V4(ip) => format!("http://{ip}:{}", address.port()),
+        IpAddr::V6(ip) => format!("http://[{ip}]:{}", address.port()),
+    }
+}

@@ -1,0 +1,121 @@
+//! What all requests share.
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::http::StatusCode;
+use ernie_checkpoint::{ChatTemplate, Tokenizer};
+use ernie_engine::Model;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::api_error::ApiError;
+use crate::config::ServeConfig;
+use crate::metrics::Metrics;
+use crate::worker::{Places, Worker};
+
+/// A model with what turns text into its tokens and back.
+#[derive(Debug)]
+pub struct ServedModel {
+    /// What clients call it.
+    pub name: String,
+    /// In memory.
+    pub model: Arc<Model>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template.
+    pub template: ChatTemplate,
+}
+
+/// See [`State`].
+pub type Shared = Arc<State>;
+
+/// What all requests share.
+#[derive(Debug)]
+pub struct State {
+    /// As it was given.
+    pub config: ServeConfig,
+    /// What clients call the model.
+    pub name: String,
+    /// The model.
+    pub model: Arc<Model>,
+    /// Most tokens of a request, prompt and answer together.
+    pub max_len: usize,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template.
+    pub template: ChatTemplate,
+    /// The way to the engine.
+    pub worker: Worker,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Streams that may begin.
+    pub streams: Arc<Semaphore>,
+    /// Set when the shutdown begins.
+    pub draining: AtomicBool,
+    /// When the server started, Unix seconds.
+    pub started: u64,
+    /// Where random numbers come from: its keys are the system's.
+    pub random: RandomState,
+}
+
+impl State {
+    /// Whether `name` is the model's; a request without one means it.
+    ///
+    /// # Errors
+    /// 404, as OpenAI answers for a model it does not have.
+    pub fn check_model(&self, name: Option<&str>) -> Result<(), ApiError> {
+        match name {
+            Some(name) if name != self.name => {
+                let message = format!("The model `{name}` does not exist; this server has `{}`.", self.name);
+                Err(ApiError::request(StatusCode::NOT_FOUND, Some("model_not_found"), message).of("model"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Places in the engine's queue.
+    ///
+    /// # Errors
+    /// 429, 503, or 400 for more than there are.
+    pub fn reserve(&self, count: usize) -> Result<Places, ApiError> {
+        if self.draining.load(Ordering::SeqCst) {
+            return Err(ApiError::refused(crate::worker::Refused::Closed));
+        }
+        self.worker.reserve(count).map_err(ApiError::refused)
+    }
+
+    /// Leave to stream an answer.
+    ///
+    /// # Errors
+    /// 429 if as many as may be are streamed.
+    pub fn stream(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        let most = self.config.max_streams;
+        Arc::clone(&self.streams)
+            .try_acquire_owned()
+            .map_err(|_| ApiError::busy(format!("{most} answers are being streamed; try again later.")))
+    }
+
+    /// Work that takes a while, away from the threads that serve connections.
+    ///
+    /// # Errors
+    /// Those of the work; 500 if it panics.
+    pub async fn compute<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&State) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let state = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(&state)).await.map_err(|_| ApiError::internal("The request could not be prepared."))?
+    }
+
+    /// 64 bits that nobody can foresee.
+    pub fn random(&self) -> u64 {
+        // SipHash of the time under keys that the system gave.
+        self.random.hash_one((SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), std::thread::current().id()))
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

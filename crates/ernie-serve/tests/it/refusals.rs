@@ -1,0 +1,132 @@
+//! What is refused: the right status, OpenAI's shape, the field named.
+use ernie_serve::ServeConfig;
+use serde_json::{Value, json};
+
+use crate::client::Running;
+
+#[test]
+fn fields_out_of_range_are_named() {
+    let server = Running::start();
+    let cases = [
+        ("prompt", json!({})),
+        ("prompt", json!({"prompt": ""})),
+        ("prompt", json!({"prompt": []})),
+        ("prompt", json!({"prompt": 5})),
+        ("prompt", json!({"prompt": [[1, 2], "x"]})),
+        ("prompt", json!({"prompt": [99_999]})),
+        ("max_tokens", json!({"max_tokens": 0})),
+        ("max_tokens", json!({"max_tokens": 512})),
+        ("max_tokens", json!({"max_tokens": -1})),
+        ("max_tokens", json!({"max_tokens": 1.5})),
+        ("temperature", json!({"temperature": 2.1})),
+        ("temperature", json!({"temperature": "hot"})),
+        ("top_p", json!({"top_p": 0})),
+        ("top_k", json!({"top_k": -2})),
+        ("min_p", json!({"min_p": 1.5})),
+        ("presence_penalty", json!({"presence_penalty": 3})),
+        ("frequency_penalty", json!({"frequency_penalty": -3})),
+        ("repetition_penalty", json!({"repetition_penalty": 0})),
+        ("logit_bias", json!({"logit_bias": {"x": 1}})),
+        ("logit_bias", json!({"logit_bias": {"1": 101}})),
+        ("logit_bias", json!({"logit_bias": {"99999": 1}})),
+        ("n", json!({"n": 0})),
+        ("n", json!({"n": 129})),
+        ("best_of", json!({"best_of": 3})),
+        ("suffix", json!({"suffix": "end"})),
+        ("logprobs", json!({"logprobs": 21})),
+        ("stop", json!({"stop": [""]})),
+        ("stop", json!({"stop": 3})),
+        ("stop", json!({"stop": vec!["a"; 17]})),
+        ("seed", json!({"seed": "x"})),
+        ("stream", json!({"stream": 1})),
+        ("stream_options", json!({"stream_options": {"include_usage": true}})),
+    ];
+    for (param, change) in cases {
+        let mut body = if param == "prompt" { json!({}) } else { json!({"prompt": "Once", "max_tokens": 4}) };
+        body.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let (named, message) = server.post("/v1/completions", &body).error(400);
+        // A missing field has no place; its name stands in the message.
+        assert!(named.as_deref() == Some(param) || (named.is_none() && message.contains(param)), "{body}: {named:?}: {message}");
+    }
+    let chats = [
+        ("messages", json!({"messages": []})),
+        ("messages", json!({"messages": "Hi"})),
+        ("messages", json!({"messages": [{"role": "nobody", "content": "Hi"}]})),
+        ("messages[0]", json!({"messages": [{"content": "Hi"}]})),
+        ("messages[0].content", json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]})),
+        ("messages", json!({"messages": [{"role": "user", "content": "word ".repeat(600)}]})),
+        ("tools", json!({"tools": [{"type": "function"}]})),
+        ("response_format", json!({"response_format": {"type": "json_object"}})),
+        ("top_logprobs", json!({"top_logprobs": 2})),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": 21})),
+    ];
+    for (param, change) in chats {
+        let mut body = json!({"messages": [{"role": "user", "content": "Hi"}]});
+        body.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let (named, message) = server.post("/v1/chat/completions", &body).error(400);
+        assert_eq!(named.as_deref(), Some(param), "{message}");
+    }
+    server.post("/v1/detokenize", &json!({"tokens": [1, 99_999]})).error(400);
+    server.post("/v1/tokenize", &json!({})).error(400);
+    server.post("/v1/embeddings", &json!({"input": "x", "dimensions": 3})).error(400);
+    // What nobody knows is passed over, and null is as good as absent.
+    let body = json!({"prompt": "Once", "max_tokens": 2, "user": "me", "whatever": [1], "stop": null, "top_p": null, "n": null});
+    assert_eq!(server.post("/v1/completions", &body).status, 200);
+}
+
+#[test]
+fn bodies_of_every_wrong_kind() {
+    let server = Running::with(ServeConfig { max_body_bytes: 2000, body_timeout_s: 1, ..ServeConfig::default() });
+    let json = "application/json";
+    for path in ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/tokenize", "/v1/detokenize"] {
+        for body in
+            [&b""[..], b"{", b"[]", b"null", b"\"x\"", b"{\"prompt\": \"\xff\xfe\"}", b"{} x", b"{\"prompt\": \"\\ud800\"}", &[b'['; 1500]]
+        {
+            server.post_bytes(path, json, body).error(400);
+        }
+        server.post_bytes(path, "text/plain", b"{}").error(415);
+        server.post_bytes(path, json, format!("{{\"prompt\": \"{}\"}}", "x".repeat(2000)).as_bytes()).error(413);
+        server.get(path).error(405);
+    }
+    server.get("/v1/nothing").error(404);
+    let (param, _) = server.post("/v1/completions", &json!({"model": "gpt", "prompt": "x"})).error(404);
+    assert_eq!(param.as_deref(), Some("model"));
+    server.get("/v1/models/gpt").error(404);
+    assert_eq!(server.get("/v1/models/nano").json(), server.get("/v1/models").json()["data"][0]);
+    let usual = server.post_bytes("/v1/tokenize", "Application/JSON; charset=utf-8", b"{\"prompt\": \"x\"}");
+    assert_eq!(usual.status, 200, "{}", usual.text);
+}
+
+#[test]
+fn the_description_is_what_is_served() {
+    let server = Running::start();
+    let document = server.get("/openapi.json").json();
+    let paths = document["paths"].as_object().unwrap();
+    assert_eq!(paths.len(), 11);
+    for (path, methods) in paths {
+        let path = path.replace("{model}", "nano");
+        let methods = methods.as_object().unwrap();
+        assert_eq!(methods.len(), 1, "{path}");
+        let reply = if methods.contains_key("post") { server.post(&path, &json!({})) } else { server.get(&path) };
+        let expected = if methods.contains_key("post") { 400 } else { 200 };
+        assert_eq!(reply.status, expected, "{path}: {}", reply.text);
+    }
+    // Every field that is read is described, and the other way round.
+    let schemas = &document["components"]["schemas"];
+    let fields = |name: &str| {
+        let mut found: Vec<String> = Vec::new();
+        let mut open: Vec<Value> = vec![schemas[name].clone()];
+        while let Some(schema) = open.pop() {
+            found.extend(schema["properties"].as_object().into_iter().flat_map(|p| p.keys().cloned()));
+            for part in schema["allOf"].as_array().into_iter().flatten() {
+                let name = part["$ref"].as_str().and_then(|r| r.rsplit('/').next());
+                open.push(name.map_or_else(|| part.clone(), |name| schemas[name].clone()));
+            }
+        }
+        found
+    };
+    for (name, some) in [("CompletionRequest", ["prompt", "echo", "logit_bias"]), ("ChatRequest", ["messages", "top_logprobs", "min_p"])] {
+        let fields = fields(name);
+        assert!(some.iter().all(|field| fields.iter().any(|f| f == field)), "{name}: {fields:?}");
+    }
+}
