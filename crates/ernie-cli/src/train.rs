@@ -1,6 +1,6 @@
 //! `ernie train`: run a recipe, and release its model.
 use anyhow::Context;
-use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions};
+use ernie_checkpoint::{Checkpoint, SaveDtype, SaveOptions, Tokenizer};
 use ernie_eval::explain::{explain, svg};
 use ernie_train::data::{self, SourceReport};
 use ernie_train::recipe::{Export, ExportDtype};

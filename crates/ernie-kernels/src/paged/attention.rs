@@ -223,10 +223,10 @@ fn attend(out: &mut MatMut<'_>, q: Mat<'_>, gates: Option<Mat<'_>>, rope: Option
         };
         sum.add(k, v, k_words, v_words, seen);
     }
-    for row in 0..rows {
+    for (row, &total) in sum.sums[..rows].iter().enumerate() {
         let (token, member) = (token_of(row), listed[row] as usize % group);
         let out = &mut out.row_mut(token)[member * d..][..d];
-        let inverse = gate(token, member) / sum.sums[row];
+        let inverse = gate(token, member) / total;
         for (out, value) in out.iter_mut().zip(&sum.values[row * width..]) {
             *out = value * inverse;
         }
