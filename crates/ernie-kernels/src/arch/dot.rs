@@ -94,6 +94,7 @@ fn panel_on<W: Weight>(isa: Isa, out: &mut [f32], strides: Strides, x: &[f32], w
 
 /// Runs the tile of `R` rows × `T` tokens over a panel; shared by the instruction sets, whose `tile` differs. `$wide` rows are taken at once for
 /// a single token (a decoding step, where the number of independent accumulators must cover the latency of the multiply-add), else 4 × `$tokens`.
+#[cfg(target_arch = "x86_64")]
 macro_rules! panel_loop {
     ($out:ident, $strides:ident, $x:ident, $w:ident, $sizes:ident, $wide:literal, $tokens:literal, [$($t:literal),*]) => {{
         let Sizes { m, n, k } = $sizes;

@@ -22,7 +22,7 @@ pub enum Isa {
 }
 
 /// The instruction set in use: the best this processor has, found at the first call. The environment variable `ERNIE_ISA` (`portable`, `avx2`,
-/// `avx512`) can only lower it: for tests and for narrowing down a fault. It does not reach the matrix products of the `gemm` crate.
+/// `avx512`) can only lower it: for tests and for narrowing down a fault.
 pub fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| {

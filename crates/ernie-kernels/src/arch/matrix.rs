@@ -154,6 +154,7 @@ impl<'a> MatMut<'a> {
     }
 
     /// The first element; the others follow by [`MatMut::layout`].
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.start
     }

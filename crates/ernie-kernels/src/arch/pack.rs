@@ -84,10 +84,10 @@ pub(crate) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize
 /// `out[l * W + r]` = `rows[r][l]` for l < k; an empty row stands for zeros.
 pub(crate) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: usize) {
     assert!(out.len() == W * k && rows.iter().all(|row| row.is_empty() || row.len() == k));
-    let mut done = 0;
+    // Columns that whole registers take.
+    let done = if isa() == Isa::Avx512 { k - k % 16 } else { 0 };
     #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx512 {
-        done = k - k % 16;
+    if done > 0 {
         for r in (0..W).step_by(16) {
             let height = (W - r).min(16);
             for l in (0..done).step_by(16) {
@@ -97,8 +97,6 @@ pub(crate) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: 
             }
         }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (isa(), Isa::Portable);
     for l in done..k {
         for (out, row) in out[l * W..][..W].iter_mut().zip(rows) {
             *out = if row.is_empty() { 0.0 } else { row[l] };

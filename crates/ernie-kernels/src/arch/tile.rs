@@ -6,7 +6,9 @@
 #![allow(unsafe_code)] // the instruction set itself: vector loads and stores through pointers
 #![allow(clippy::needless_range_loop)] // indices name registers of a tile; iterators would hide which
 
-use super::isa::{Isa, isa, mul_add, simd_fn};
+#[cfg(target_arch = "x86_64")]
+use super::isa::Isa;
+use super::isa::{isa, mul_add, simd_fn};
 use super::matrix::MatMut;
 
 /// Rows of a tile.
@@ -83,6 +85,7 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMu
 }
 
 /// The lowest `n` bits, up to 16.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn mask16(n: usize) -> u16 {
     if n >= 16 { u16::MAX } else { (1 << n) - 1 }
 }
