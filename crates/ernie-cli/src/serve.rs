@@ -58,6 +58,14 @@ struct Options {
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     model_name: Option<String>,
+    /// The server's certificate and those above it, PEM: HTTPS is spoken, and nothing else
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_certificate: Option<PathBuf>,
+    /// The certificate's private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_key: Option<PathBuf>,
     /// Form of the weights in memory: stored, f32, bf16, int8 [default: stored]
     #[arg(long, value_name = "FORM")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -132,13 +140,13 @@ pub fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         template: model.chat_template()?,
         model: Arc::new(Model::load_with(&model.checkpoint()?, options).with_context(|| format!("cannot load {}", model.name()))?),
     };
-    let name = served.name.clone();
+    let (name, scheme) = (served.name.clone(), config.scheme());
     let listening = |address| {
         // Nobody reading it is no reason not to serve.
         let _ = writeln!(
             std::io::stdout().lock(),
             "{name} is served at {}/v1 for this machine alone: no keys are configured",
-            ernie_serve::url(address)
+            ernie_serve::url(scheme, address)
         );
     };
     match ernie_serve::serve_until_signal(config, served, listening) {

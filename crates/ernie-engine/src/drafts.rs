@@ -32,8 +32,10 @@ pub(crate) struct Drafter {
 }
 
 impl Drafter {
-    pub fn new(options: DraftOptions) -> Self {
-        Drafter { ends: HashMap::new(), indexed: 0, length: options.max_tokens.min(4), max: options.max_tokens }
+    /// For a text of about `tokens` tokens, for which memory is taken now; a longer one takes more when it comes to that.
+    pub fn new(options: DraftOptions, tokens: usize) -> Self {
+        let ends = HashMap::with_capacity(if options.max_tokens == 0 { 0 } else { tokens });
+        Drafter { ends, indexed: 0, length: options.max_tokens.min(4), max: options.max_tokens }
     }
 
     /// Tokens that may follow `tokens`, at most `most` of them, into `draft`.
@@ -81,7 +83,7 @@ mod tests {
 
     #[test]
     fn what_followed_before_is_guessed_again() {
-        let mut drafter = Drafter::new(DraftOptions { max_tokens: 8 });
+        let mut drafter = Drafter::new(DraftOptions { max_tokens: 8 }, 0);
         assert!(guess(&mut drafter, &[1, 2], 4).is_empty());
         assert!(guess(&mut drafter, &[1, 2, 3, 4, 5, 6, 7], 4).is_empty());
         assert_eq!(guess(&mut drafter, &[1, 2, 3, 4, 5, 6, 7, 1, 2, 3], 4), [4, 5, 6, 7]);
@@ -92,17 +94,17 @@ mod tests {
 
     #[test]
     fn a_loop_is_guessed_beyond_its_end() {
-        let mut drafter = Drafter::new(DraftOptions { max_tokens: 8 });
+        let mut drafter = Drafter::new(DraftOptions { max_tokens: 8 }, 0);
         drafter.learn(4, 4);
         assert_eq!(guess(&mut drafter, &[5, 5, 5, 5, 5], 7), [5; 7]);
-        let mut drafter = Drafter::new(DraftOptions { max_tokens: 8 });
+        let mut drafter = Drafter::new(DraftOptions { max_tokens: 8 }, 0);
         drafter.learn(4, 4);
         assert_eq!(guess(&mut drafter, &[1, 2, 1, 2, 1, 2], 7), [1, 2, 1, 2, 1, 2, 1]);
     }
 
     #[test]
     fn right_guesses_grow_and_wrong_ones_shrink() {
-        let mut drafter = Drafter::new(DraftOptions { max_tokens: 12 });
+        let mut drafter = Drafter::new(DraftOptions { max_tokens: 12 }, 0);
         let tokens: Vec<u32> = (0..40).chain(0..20).collect();
         assert_eq!(guess(&mut drafter, &tokens, 99).len(), 4);
         drafter.learn(4, 4);
@@ -113,6 +115,6 @@ mod tests {
         assert_eq!(guess(&mut drafter, &tokens, 99).len(), 4);
         drafter.learn(4, 0);
         assert_eq!(guess(&mut drafter, &tokens, 99).len(), 2);
-        assert!(guess(&mut Drafter::new(DraftOptions { max_tokens: 0 }), &tokens, 99).is_empty());
+        assert!(guess(&mut Drafter::new(DraftOptions { max_tokens: 0 }, 0), &tokens, 99).is_empty());
     }
 }

@@ -19,6 +19,9 @@ use crate::runner::Runner;
 use crate::sampler::{Sampler, SamplingParams};
 use crate::scheduler::{Plan, Scheduler, SchedulerOptions, SequenceId, Stats, WindowOptions};
 
+/// Most tokens of an answer that memory for guesses is taken for in advance: requests often allow far more than they use.
+const MAX_FORESEEN: usize = 4096;
+
 /// How an engine works. `Default` is for a server on a small machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineOptions {
@@ -225,9 +228,10 @@ impl Engine {
             scheduler,
             requests: HashMap::new(),
             plan,
-            events: Vec::new(),
-            draft: Vec::new(),
-            accepted: Vec::new(),
+            // A step brings a token for each row that asks for one, and may end every request.
+            events: Vec::with_capacity(options.max_batch_size.saturating_mul(2).saturating_add(options.draft_batch).min(1 << 16)),
+            draft: Vec::with_capacity(options.drafts.max_tokens.min(options.draft_batch)),
+            accepted: Vec::with_capacity(options.draft_batch.min(1 << 16)),
             rows: Vec::new(),
             next: Vec::new(),
             next_id: 0,
@@ -261,7 +265,8 @@ impl Engine {
         let prompt_tokens = request.prompt.len();
         self.scheduler.submit(id, request.prompt, request.params.max_tokens)?;
         self.next_id += 1;
-        let drafter = Drafter::new(self.options.drafts);
+        let foreseen = request.params.max_tokens.min(MAX_FORESEEN).min(self.max_len());
+        let drafter = Drafter::new(self.options.drafts, prompt_tokens + foreseen);
         let longest = if self.model.config().mechanisms.paragraphs.is_some() { self.max_len() } else { 0 };
         let active = Active {
             prompt_tokens,

@@ -23,6 +23,10 @@ pub struct ServeConfig {
     pub model: Option<PathBuf>,
     /// What clients call the model; its directory's name if there is none.
     pub model_name: Option<String>,
+    /// The server's certificate and those above it, PEM; with `tls_key` HTTPS is spoken, and nothing else. Read again when it changes.
+    pub tls_certificate: Option<PathBuf>,
+    /// The certificate's private key, PEM.
+    pub tls_key: Option<PathBuf>,
     /// Form of the weights in memory.
     pub weights: Weights,
     /// Form of the keys and values of past tokens.
@@ -122,6 +126,8 @@ impl Default for ServeConfig {
             port: 8080,
             model: None,
             model_name: None,
+            tls_certificate: None,
+            tls_key: None,
             weights: Weights::Stored,
             kv_cache: KvCache::Auto,
             cache_mib: engine.cache_bytes >> 20,
@@ -184,8 +190,12 @@ impl ServeConfig {
     /// Checks what types do not.
     ///
     /// # Errors
-    /// A value out of range; an address that others can reach.
+    /// A value out of range; an address that others can reach; a certificate without its key.
     pub fn validate(&self) -> Result<()> {
+        if self.tls_certificate.is_some() != self.tls_key.is_some() {
+            let reason = "tls_certificate and tls_key: expected both or neither".to_owned();
+            return Err(Error::Config { origin: "configuration".to_owned(), reason });
+        }
         if !self.host.is_loopback() {
             return Err(Error::NotLoopback { host: self.host });
         }
@@ -221,6 +231,11 @@ impl ServeConfig {
             drafts: DraftOptions { max_tokens: self.draft_tokens },
             ..EngineOptions::default()
         }
+    }
+
+    /// What URLs of this server begin with.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls_certificate.is_some() { "https" } else { "http" }
     }
 
     /// For loading the model.
@@ -298,7 +313,12 @@ mod tests {
             let error = load(None, &[(name, value)], "").unwrap_err().to_string();
             assert!(error.contains(name), "{error}");
         }
-        for (flags, part) in [("host = \"0.0.0.0\"", "0.0.0.0"), ("max_queue = 0", "max_queue"), ("cache_mib = 10000000000", "cache_mib")] {
+        for (flags, part) in [
+            ("host = \"0.0.0.0\"", "0.0.0.0"),
+            ("max_queue = 0", "max_queue"),
+            ("cache_mib = 10000000000", "cache_mib"),
+            ("tls_key = \"k\"", "tls_certificate"),
+        ] {
             let error = load(None, &[], flags).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }

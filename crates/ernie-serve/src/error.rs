@@ -1,5 +1,6 @@
 //! Why a server does not start, or ends.
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 /// Shorthand for results of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -21,6 +22,14 @@ pub enum Error {
     NotLoopback {
         /// The address asked for.
         host: IpAddr,
+    },
+    /// No certificate to speak HTTPS with.
+    #[error("{}: {reason}", file.display())]
+    Certificate {
+        /// The file at fault.
+        file: PathBuf,
+        /// What was expected and found.
+        reason: String,
     },
     /// The address is taken or is not this machine's.
     #[error("cannot listen on {address}: {error}")]

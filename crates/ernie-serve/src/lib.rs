@@ -22,6 +22,7 @@ mod routes;
 mod sampling;
 mod server;
 mod state;
+mod tls;
 mod token_text;
 mod tokens;
 mod whole;

@@ -12,10 +12,11 @@ use ernie_engine::Engine;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::config::ServeConfig;
 use crate::connection::Timed;
@@ -23,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::routes;
 use crate::state::{ServedModel, Shared, State, unix_seconds};
+use crate::tls::Certificates;
 use crate::worker::Worker;
 
 /// After an error of the system while accepting (no more files, say): time for others to end.
@@ -33,6 +35,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
+    certificates: Option<Arc<Certificates>>,
     state: Shared,
     engine: JoinHandle<()>,
 }
@@ -41,9 +44,13 @@ impl Server {
     /// Starts the engine and listens. Connections wait until [`Server::run`].
     ///
     /// # Errors
-    /// A configuration out of range, an address that cannot be had, an engine that does not take its options, no thread.
+    /// A configuration out of range, a certificate that cannot be used, an address that cannot be had, an engine that does not take its options, no thread.
     pub async fn bind(config: ServeConfig, served: ServedModel) -> Result<Self> {
         config.validate()?;
+        let certificates = match (&config.tls_certificate, &config.tls_key) {
+            (Some(certificate), Some(key)) => Some(Arc::new(Certificates::load(certificate, key)?)),
+            _ => None,
+        };
         let asked = SocketAddr::new(config.host, config.port);
         let listen = |error| Error::Listen { address: asked, error };
         let listener = TcpListener::bind(asked).await.map_err(listen)?;
@@ -69,7 +76,7 @@ impl Server {
             started: unix_seconds(),
             random: Default::default(),
         });
-        Ok(Server { listener, address, state, engine })
+        Ok(Server { listener, address, certificates, state, engine })
     }
 
     /// Where it listens.
@@ -82,13 +89,14 @@ impl Server {
     /// # Errors
     /// None at present.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
-        let Server { listener, address, state, engine } = self;
+        let Server { listener, address, certificates, state, engine } = self;
         let (closing, closed) = watch::channel(false);
         let mut accepting = Accepting {
             slots: Arc::new(Semaphore::new(state.config.max_connections)),
             router: routes::router(Arc::clone(&state)),
             connections: JoinSet::new(),
             listener,
+            certificates,
             closed,
             state,
         };
@@ -137,6 +145,7 @@ impl Server {
 /// What accepting takes.
 struct Accepting {
     listener: TcpListener,
+    certificates: Option<Arc<Certificates>>,
     slots: Arc<Semaphore>,
     router: Router,
     connections: JoinSet<()>,
@@ -157,7 +166,8 @@ impl Accepting {
                 Some(_) = self.connections.join_next(), if !self.connections.is_empty() => {}
                 (slot, accepted) = next => match accepted {
                     Ok((stream, _)) => {
-                        let connection = serve(stream, self.router.clone(), self.closed.clone(), Arc::clone(&self.state));
+                        let certificates = self.certificates.clone();
+                        let connection = serve(stream, certificates, self.router.clone(), self.closed.clone(), Arc::clone(&self.state));
                         self.connections.spawn(async move {
                             connection.await;
                             drop(slot);
@@ -174,10 +184,24 @@ impl Accepting {
 }
 
 /// One connection, until its end or the server's.
-async fn serve(stream: TcpStream, router: Router, mut closed: watch::Receiver<bool>, state: Shared) {
+async fn serve(stream: TcpStream, certificates: Option<Arc<Certificates>>, router: Router, closed: watch::Receiver<bool>, state: Shared) {
     // Pieces of a stream are small and wanted at once; without the option they only come later.
     let _ = stream.set_nodelay(true);
     let stream = Timed::new(stream, Duration::from_secs(state.config.write_timeout_s));
+    let Some(certificates) = certificates else {
+        return serve_http(stream, router, closed, state).await;
+    };
+    // Who has no head of a request after this time has no greeting either.
+    let limit = Duration::from_secs(state.config.header_timeout_s);
+    match timeout(limit, certificates.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => serve_http(stream, router, closed, state).await,
+        Ok(Err(error)) => tracing::debug!(%error, "no HTTPS"),
+        Err(_) => tracing::debug!("no HTTPS in time"),
+    }
+}
+
+/// HTTP on a connection.
+async fn serve_http<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router, mut closed: watch::Receiver<bool>, state: Shared) {
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(state.config.header_timeout_s));
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
@@ -262,9 +286,9 @@ impl Signals {
 }
 
 /// The address as it stands in a URL.
-pub fn url(address: SocketAddr) -> String {
+pub fn url(scheme: &str, address: SocketAddr) -> String {
     match address.ip() {
-        IpAddr::V4(ip) => format!("http://{ip}:{}", address.port()),
-        IpAddr::V6(ip) => format!("http://[{ip}]:{}", address.port()),
+        IpAddr::V4(ip) => format!("{scheme}://{ip}:{}", address.port()),
+        IpAddr::V6(ip) => format!("{scheme}://[{ip}]:{}", address.port()),
     }
 }

@@ -11,5 +11,6 @@ mod incomplete;
 mod mutation;
 mod paddle;
 mod quantizing;
+mod quantizing_limits;
 mod saving;
 mod tokenizer;

@@ -59,12 +59,7 @@ impl Running {
     /// With another one.
     pub fn with(config: ServeConfig) -> Self {
         let config = ServeConfig { port: 0, cache_mib: 64, ..config };
-        let served = ServedModel {
-            name: "nano".to_owned(),
-            model: nano::model(),
-            tokenizer: Tokenizer::from_dir(nano::folder()).unwrap(),
-            template: ChatTemplate::builtin(),
-        };
+        let served = Self::served();
         let (shutdown, asked) = oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
@@ -80,6 +75,21 @@ impl Running {
         Running { address: told.recv().unwrap(), agent: agent.into(), shutdown: Some(shutdown), thread: Some(thread) }
     }
 
+    fn served() -> ServedModel {
+        ServedModel {
+            name: "nano".to_owned(),
+            model: nano::model(),
+            tokenizer: Tokenizer::from_dir(nano::folder()).unwrap(),
+            template: ChatTemplate::builtin(),
+        }
+    }
+
+    /// Why a server does not start.
+    pub fn refused(config: ServeConfig) -> ernie_serve::Error {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(Server::bind(ServeConfig { port: 0, ..config }, Self::served())).unwrap_err()
+    }
+
     fn reply(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Reply {
         let mut response = response.unwrap();
         let text = response.body_mut().read_to_string().unwrap();
@@ -87,16 +97,16 @@ impl Running {
     }
 
     pub fn get(&self, path: &str) -> Reply {
-        Self::reply(self.agent.get(url(self.address) + path).call())
+        Self::reply(self.agent.get(url("http", self.address) + path).call())
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Reply {
-        Self::reply(self.agent.post(url(self.address) + path).send_json(body))
+        Self::reply(self.agent.post(url("http", self.address) + path).send_json(body))
     }
 
     /// A body as it is.
     pub fn post_bytes(&self, path: &str, kind: &str, body: &[u8]) -> Reply {
-        Self::reply(self.agent.post(url(self.address) + path).content_type(kind).send(body))
+        Self::reply(self.agent.post(url("http", self.address) + path).content_type(kind).send(body))
     }
 
     /// A metric's value, by its whole name with labels.

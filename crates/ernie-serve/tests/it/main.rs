@@ -4,4 +4,5 @@ mod client;
 mod life;
 mod nano;
 mod refusals;
+mod tls;
 mod worker;
