@@ -8,6 +8,9 @@ use std::time::Instant;
 use ernie_engine::{Cost, DraftOptions, Engine, EngineEvent, EngineOptions, Limits, Model, Request, SamplingParams, Session};
 use serde::Serialize;
 
+mod kernels;
+
+use self::kernels::Kernels;
 use crate::compute::ComputeArguments;
 use crate::interrupt::Interrupt;
 use crate::model::ModelArgument;
@@ -25,9 +28,10 @@ use crate::outcome::{self, Outcome};
         ernie bench                                        the built-in model\n  \
         ernie bench --model path/to/model --batch 1,4,16\n  \
         ernie bench --model path/to/model --weights int8   rounded to 8 bits while loading\n  \
+        ernie bench --model path/to/model --kernels        where the time goes\n  \
         ernie bench --model path/to/model --json\n\n\
         --json prints one object: limits {bandwidth_gb_s, int8_gop_s, f32_gflop_s}, prefill {tokens_per_s, min, max, share_of_limit}, decode \
-        (the same by batch size), kv_cache_mib (keys and values of the largest batch at the end), first_token_s, load_s, peak_rss_mib."
+        (the same by batch size), kernels (with --kernels: for prefill and each batch size {part: {seconds, share_of_time, share_of_limit}}), kv_cache_mib (keys and values of the largest batch at the end), first_token_s, load_s, peak_rss_mib."
 )]
 pub struct BenchArguments {
     #[command(flatten)]
@@ -49,6 +53,9 @@ pub struct BenchArguments {
     /// Times that each run is repeated; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
+    /// Also show where the time goes, by kernel, with the share of the limit that binds each
+    #[arg(long)]
+    kernels: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -62,6 +69,8 @@ struct Output {
     limits: LimitsOutput,
     prefill: Rate,
     decode: BTreeMap<u32, Rate>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<Kernels>,
     kv_cache_mib: f64,
     first_token_s: f64,
     load_s: f64,
@@ -115,15 +124,25 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         stop()?;
         prefills.push(pp as f64 / prefill(&mut session, pp)?);
     }
+    let mut profiles = kernels::Profiles::default();
+    if arguments.kernels {
+        session.set_profile(true);
+        prefill(&mut session, pp)?;
+        profiles.prefill(pp, *session.profile());
+    }
     drop(session);
     let (mut decodes, mut kv_bytes) = (BTreeMap::new(), 0);
     for &batch in &arguments.batch {
         let mut rates = Vec::new();
         let mut engine = engine(&model, batch as usize, context, tg)?;
-        kv_bytes = kv_bytes.max(decode(&mut engine, batch as usize, context, tg)?.kv_bytes);
+        kv_bytes = kv_bytes.max(decode(&mut engine, batch as usize, context, tg, false)?.kv_bytes);
         for _ in 0..arguments.repeat {
             stop()?;
-            rates.push((tg * batch as usize) as f64 / decode(&mut engine, batch as usize, context, tg)?.seconds);
+            rates.push((tg * batch as usize) as f64 / decode(&mut engine, batch as usize, context, tg, false)?.seconds);
+        }
+        if arguments.kernels {
+            decode(&mut engine, batch as usize, context, tg, true)?;
+            profiles.decode(batch, context as f64 + tg as f64 / 2.0, tg, *engine.profile());
         }
         decodes.insert(batch, rates);
     }
@@ -145,6 +164,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         threads: model.threads(),
         prefill: Rate::of(prefills, pp as f64 / cost.prefill_seconds(&limits, pp)),
         decode: decode.collect(),
+        kernels: arguments.kernels.then(|| profiles.against(&model, &limits)),
         kv_cache_mib: kv_bytes as f64 / f64::from(1 << 20),
         limits: LimitsOutput { bandwidth_gb_s: limits.bandwidth_gb_s, int8_gop_s: limits.int8_gop_s, f32_gflop_s: limits.f32_gflop_s },
         first_token_s,
@@ -193,14 +213,15 @@ struct Decoded {
     kv_bytes: usize,
 }
 
-/// `count` tokens for each of `batch` requests, from the second token on.
-fn decode(engine: &mut Engine, batch: usize, context: usize, count: usize) -> anyhow::Result<Decoded> {
+/// `count` tokens for each of `batch` requests, from the second token on; with `profile` the engine's profile is then theirs.
+fn decode(engine: &mut Engine, batch: usize, context: usize, count: usize, profile: bool) -> anyhow::Result<Decoded> {
     for seed in 0..batch {
         let params = SamplingParams { max_tokens: count + 1, ignore_eos: true, ..SamplingParams::greedy() };
         let prompt = tokens(engine.model(), context, seed);
         engine.submit(Request { prompt, params, logprobs: None })?;
     }
     engine.step();
+    engine.set_profile(profile);
     let mut kv_bytes = engine.kv_bytes_in_use();
     let began = Instant::now();
     while !engine.is_idle() {
@@ -246,6 +267,9 @@ impl Output {
         let _ = writeln!(out, "loaded in {:.2} s, first token of a short prompt after {:.2} s", self.load_s, self.first_token_s);
         if let Some(mib) = self.peak_rss_mib {
             let _ = writeln!(out, "peak memory {mib:.0} MiB");
+        }
+        if let Some(kernels) = &self.kernels {
+            kernels.write(&mut out, pp, tg);
         }
         out
     }

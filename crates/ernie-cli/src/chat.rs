@@ -7,7 +7,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use crate::compute::ComputeArguments;
+use crate::compute::{ComputeArguments, DraftArguments};
 use crate::conversation::Conversation;
 use crate::encoding::{self, StreamDecoder};
 use crate::interrupt::Interrupt;
@@ -52,6 +52,8 @@ pub struct ChatArguments {
     #[command(flatten)]
     compute: ComputeArguments,
     #[command(flatten)]
+    drafts: DraftArguments,
+    #[command(flatten)]
     sampling: SamplingArguments,
 }
 
@@ -70,7 +72,7 @@ pub fn run(arguments: &ChatArguments) -> anyhow::Result<()> {
     }
     params.stop_ids.extend(ernie_checkpoint::end_of_turn_ids(&tokenizer));
     let mut chat = Chat {
-        session: Session::new(&model, context)?,
+        session: Session::new(&model, context)?.with_drafts(arguments.drafts.options()),
         tokenizer: &tokenizer,
         template: &template,
         conversation: Conversation::new(arguments.system.clone()),

@@ -1,6 +1,6 @@
-//! How a command keeps a model in memory: `--weights`, `--kv-cache`.
+//! How a command keeps a model in memory and computes: `--weights`, `--kv-cache`, `--draft-tokens`.
 use anyhow::Context;
-use ernie_engine::{KvDtype, LoadOptions, Model, WeightDtype};
+use ernie_engine::{DraftOptions, KvDtype, LoadOptions, Model, WeightDtype};
 
 use crate::model::ModelArgument;
 
@@ -57,5 +57,20 @@ impl ComputeArguments {
         // The one number of threads, which `--threads` has set.
         let options = LoadOptions { dtype, threads: rayon::current_num_threads(), kv_dtype };
         Model::load_with(&model.checkpoint()?, options).with_context(|| format!("cannot load {}", model.name()))
+    }
+}
+
+/// How much is guessed ahead.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct DraftArguments {
+    /// Most tokens guessed ahead where text repeats itself, and checked together: the same text, sooner; 0 guesses nothing
+    #[arg(long, value_name = "N", default_value_t = DraftOptions::default().max_tokens as u16)]
+    draft_tokens: u16,
+}
+
+impl DraftArguments {
+    /// For a session.
+    pub fn options(self) -> DraftOptions {
+        DraftOptions { max_tokens: self.draft_tokens.into() }
     }
 }

@@ -1,12 +1,12 @@
 //! `ernie generate`: continue a text.
 use ernie_checkpoint::{ChatTemplateOptions, Message};
-use ernie_engine::{FinishReason, Generation, SamplingParams};
+use ernie_engine::{FinishReason, Generation, SamplingParams, Session};
 use serde::Serialize;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use crate::compute::ComputeArguments;
+use crate::compute::{ComputeArguments, DraftArguments};
 use crate::encoding::{self, StreamDecoder};
 use crate::interrupt::Interrupt;
 use crate::model::ModelArgument;
@@ -50,6 +50,8 @@ pub struct GenerateArguments {
     json: bool,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    drafts: DraftArguments,
     #[command(flatten)]
     sampling: SamplingArguments,
 }
@@ -107,7 +109,10 @@ pub fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let show_text = tokenizer.is_some() && !arguments.json;
     let working = interrupt.begin();
     let mut failure = None;
-    let generation = ernie_engine::generate(&model, &prompt, &params, StreamDecoder::new(tokenizer.as_ref()), |event| {
+    let longest = model.config().max_position_embeddings.min(prompt.len().saturating_add(params.max_tokens));
+    let mut session = Session::new(&model, longest)?.with_drafts(arguments.drafts.options());
+    let decoder = StreamDecoder::new(tokenizer.as_ref());
+    let generation = ernie_engine::generate_in(&mut session, &prompt, &params, decoder, |event| {
         if show_text && let Err(error) = show(event.text) {
             failure = Some(error);
             return ControlFlow::Break(());

@@ -15,6 +15,7 @@ use crate::generate::FinishReason;
 use crate::logprobs::LogProbs;
 use crate::model::Model;
 use crate::paragraphs::Ends;
+use crate::profile::Profile;
 use crate::runner::Runner;
 use crate::sampler::{Sampler, SamplingParams};
 use crate::scheduler::{Plan, Scheduler, SchedulerOptions, SequenceId, Stats, WindowOptions};
@@ -242,6 +243,16 @@ impl Engine {
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
         &self.model
+    }
+
+    /// Measures where the time of the model's steps goes from now on, or no more.
+    pub fn set_profile(&mut self, on: bool) {
+        self.runner.work.profile.set(on);
+    }
+
+    /// Where the time went since.
+    pub fn profile(&self) -> &Profile {
+        &self.runner.work.profile
     }
 
     /// Most tokens of a request, prompt and answer together.

@@ -2,6 +2,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use crate::drafts::Drafter;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::sampler::{Sampler, SamplingParams};
@@ -124,6 +125,9 @@ pub fn generate(
     generate_in(&mut session, prompt, params, decoder, on_token)
 }
 
+/// Most rows of a pass that checks guesses: as the engine's for a request alone.
+const MAX_CHECKED: usize = 16;
+
 /// Continues `prompt` in a session, keeping what the session already holds of it: the result is the same, sooner. `on_token` is called after each
 /// token and can end the generation; no call is made for an ending token's text, since it has none.
 ///
@@ -149,6 +153,12 @@ pub fn generate_in(
     let mut stops = StopMatcher::new(&params.stop);
     let (mut tokens, mut text) = (Vec::new(), String::new());
     let mut timings = Timings { prompt_tokens: prompt.len(), ..Timings::default() };
+    let vocab = model.config().vocab_size;
+    // What is known of the text, for guesses.
+    let mut known = prompt.to_vec();
+    let mut drafter = Drafter::new(session.drafts(), known.len());
+    // The token chosen last with the guesses after it, as they were computed together, and the row of logits that is looked at.
+    let (mut checked, mut row) = (Vec::new(), 0);
 
     timings.cached_tokens = session.keep_common_prefix(prompt);
     let logits = session.prefill(&prompt[timings.cached_tokens..])?;
@@ -171,11 +181,28 @@ pub fn generate_in(
         if flow.is_break() {
             break FinishReason::Cancelled;
         }
-        if tokens.len() == params.max_tokens || session.len() == session.max_len() {
+        // The last token is chosen and never computed.
+        let room = session.max_len() - known.len();
+        if tokens.len() == params.max_tokens || room == 0 {
             break FinishReason::Length;
         }
-        next = sampler.sample(session.decode(next)?)?;
+        known.push(next);
+        if checked.get(row + 1) == Some(&next) {
+            // Guessed right: what follows is computed already.
+            row += 1;
+        } else {
+            drafter.learn(checked.len().saturating_sub(1), row);
+            session.truncate(known.len() - 1);
+            let most = (room - 1).min(params.max_tokens - tokens.len() - 1).min(MAX_CHECKED - 1);
+            drafter.guess(&known, most, &mut checked);
+            checked.insert(0, next);
+            row = 0;
+            session.check(&checked)?;
+        }
+        next = sampler.sample(&session.logits()[row * vocab..][..vocab])?;
     };
+    // Of guesses that were not reached nothing stays.
+    session.truncate(known.len());
     timings.decode_seconds = began.elapsed().as_secs_f64() - timings.first_token_seconds;
     if tokens.len() > 1 {
         timings.decode_tokens_per_second = (tokens.len() - 1) as f64 / timings.decode_seconds.max(f64::MIN_POSITIVE);

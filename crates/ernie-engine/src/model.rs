@@ -24,6 +24,7 @@ use crate::cache::{Cache, CacheLayout, LayerCache, LayerPast};
 use crate::error::{Error, Result};
 use crate::gates::Gates;
 use crate::moe::Moe;
+use crate::profile::{Part, Profile};
 use crate::runner::Workspace;
 use crate::weights::{GateUp, Input, Linear, Loader, Needs, WeightDtype};
 
@@ -251,11 +252,13 @@ impl Model {
     /// `work.spans` says where each stands.
     pub(crate) fn forward(&self, ids: &[u32], cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let (h, t) = (self.config.hidden_size, ids.len());
+        work.profile.begin();
         work.x_th.resize(t * h, 0.0);
         for (x_h, &id) in work.x_th.chunks_exact_mut(h).zip(ids) {
             self.embed_vh.copy_row(id as usize, x_h);
         }
         work.normed_th.resize(t * h, 0.0);
+        work.profile.lap(Part::Embedding);
         for (index, layer) in self.layers.iter().enumerate() {
             self.layer(index, layer, cache, rope, work);
         }
@@ -265,18 +268,20 @@ impl Model {
     fn layer(&self, index: usize, layer: &Layer, cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let pool = &*self.pool;
         layer.attention.forward(pool, &self.config, index, &layer.input_norm_h, cache, rope, work);
-        let Workspace { x_th, normed_th, inner_ti, both, rows, moe, .. } = work;
+        let Workspace { x_th, normed_th, inner_ti, both, rows, moe, profile, .. } = work;
         let eps = self.config.rms_norm_eps as f32;
         match &layer.mlp {
             Mlp::Dense(mlp) => {
                 normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, mlp.gate_up.needs());
-                mlp.add_to(pool, x_th, normed_th, inner_ti, both, rows);
+                profile.lap(Part::Norm);
+                mlp.add_to(pool, x_th, normed_th, inner_ti, both, rows, profile);
             }
             Mlp::Moe(routed) => {
                 normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, routed.needs());
-                routed.forward(pool, x_th, Input { values: normed_th, rows }, moe);
+                profile.lap(Part::Norm);
+                routed.forward(pool, x_th, Input { values: normed_th, rows }, moe, profile);
                 if let Some(shared) = &routed.shared {
-                    shared.add_to(pool, x_th, normed_th, inner_ti, both, rows);
+                    shared.add_to(pool, x_th, normed_th, inner_ti, both, rows, profile);
                 }
             }
         }
@@ -288,7 +293,8 @@ impl Model {
     pub(crate) fn predict(&self, rows_of: &[u32], next: &[u32], cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let Some(mtp) = &self.mtp else { return };
         let (h, eps, pool) = (self.config.hidden_size, self.config.rms_norm_eps as f32, &*self.pool);
-        let Workspace { x_th, normed_th, inner_ti, both, rows, .. } = work;
+        work.profile.begin();
+        let Workspace { x_th, normed_th, inner_ti, both, rows, profile, .. } = work;
         let t = next.len();
         // Two halves: embeddings of the next tokens, states after the final norm; then each with its own norm, side by side.
         inner_ti.resize(2 * t * h, 0.0);
@@ -311,6 +317,7 @@ impl Model {
         }
         x_th.resize(t * h, 0.0);
         mtp.proj.forward(pool, x_th, Input { values: both, rows }, false);
+        profile.lap(Part::Embedding);
         self.layer(self.layers.len(), &mtp.layer, cache, rope, work);
     }
 
@@ -321,7 +328,7 @@ impl Model {
 
     /// Logits of the rows in `work.wanted` of `work.x_th`: `[wanted, v]` in `work.logits`.
     pub(crate) fn logits(&self, work: &mut Workspace) {
-        let Workspace { x_th, normed_th, rows, wanted, logits, inner_ti, .. } = work;
+        let Workspace { x_th, normed_th, rows, wanted, logits, inner_ti, profile, .. } = work;
         let (h, v) = (self.config.hidden_size, self.config.vocab_size);
         // The wanted rows together.
         inner_ti.resize(wanted.len() * h, 0.0);
@@ -333,6 +340,7 @@ impl Model {
         normalise(&self.pool, normed_th, rows, inner_ti, &self.norm_h, self.config.rms_norm_eps as f32, head_vh.needs());
         logits.resize(wanted.len() * v, 0.0);
         head_vh.forward(&self.pool, logits, Input { values: normed_th, rows }, false);
+        profile.lap(Part::Head);
     }
 }
 
@@ -395,7 +403,7 @@ impl Attention {
         rope: &RopeTable,
         work: &mut Workspace,
     ) {
-        let Workspace { x_th, normed_th, qkv, attended_tq, rows, spans, gates, .. } = work;
+        let Workspace { x_th, normed_th, qkv, attended_tq, rows, spans, gates, profile, .. } = work;
         let (t, d) = (x_th.len() / norm_h.len(), config.head_dim);
         let (q, k) = (config.num_attention_heads * d, config.num_key_value_heads * d);
         let needs = if self.gates.is_some() && self.qkv.is_int8() { Needs::Both } else { self.qkv.needs() };
@@ -403,22 +411,27 @@ impl Attention {
         if let Some(own) = &self.gates {
             own.forward(pool, normed_th, &spans.full, &mut cache.states, gates);
         }
+        profile.lap(Part::Norm);
         qkv.resize(t * (q + 2 * k), 0.0);
         self.qkv.forward(pool, qkv, Input { values: normed_th, rows }, false);
+        profile.lap(Part::Qkv);
         let qkv = Mat::new(qkv, t, q + 2 * k);
         let LayerCache { kv, spans, layer, mut past } = cache.of_layer(layer, spans);
         paged::append(pool, kv, layer, qkv, q, rope, spans);
         if let (LayerPast::Paragraphs { summaries, layer: index, paragraphs }, Some(vectors)) = (&mut past, &self.paragraph_pool) {
             paged::summarise(pool, summaries, *index, vectors, kv, layer, rope, spans, paragraphs);
         }
+        profile.lap(Part::Append);
         attended_tq.resize(t * q, 0.0);
         let gates = self.gates.is_some().then_some(&gates.gates_tn[..]);
         let keys = paged::Layer { kv, layer, q_heads: config.num_attention_heads, past: past.as_past(), gates };
         paged::attention(pool, attended_tq, qkv, Some(rope), keys, spans);
+        profile.lap(Part::Attention);
         if self.o.is_int8() {
             rows.quantise(pool, attended_tq, q);
         }
         self.o.forward(pool, x_th, Input { values: attended_tq, rows }, true);
+        profile.lap(Part::Output);
     }
 }
 
@@ -433,13 +446,25 @@ impl SwiGlu {
     }
 
     /// x += mlp(input), `[t, h]`. `rows` holds the bytes of `input`, and afterwards others.
-    fn add_to(&self, pool: &Pool, x_th: &mut [f32], input: &[f32], inner_ti: &mut Vec<f32>, both: &mut Vec<f32>, rows: &mut Rows8) {
+    #[allow(clippy::too_many_arguments)] // Input, output, and working memory.
+    fn add_to(
+        &self,
+        pool: &Pool,
+        x_th: &mut [f32],
+        input: &[f32],
+        inner_ti: &mut Vec<f32>,
+        both: &mut Vec<f32>,
+        rows: &mut Rows8,
+        profile: &mut Profile,
+    ) {
         let i = self.gate_up.i;
         inner_ti.resize(input.len() / self.down.n * i, 0.0);
         self.gate_up.forward(pool, inner_ti, both, Input { values: input, rows });
+        profile.lap(Part::Up);
         if self.down.is_int8() {
             rows.quantise(pool, inner_ti, i);
         }
         self.down.forward(pool, x_th, Input { values: inner_ti, rows }, true);
+        profile.lap(Part::Down);
     }
 }

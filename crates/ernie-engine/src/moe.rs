@@ -10,6 +10,7 @@ use ernie_kernels::router;
 
 use crate::error::Result;
 use crate::model::SwiGlu;
+use crate::profile::{Part, Profile};
 use crate::runner::MoeWorkspace;
 use crate::weights::{GateUp, Input, Linear, Loader, Needs};
 
@@ -125,7 +126,7 @@ impl Moe {
     }
 
     /// x += Σ_s w_s · expert_s(input), the sum in the order of selection whatever else is in the batch. `input` is the normed x, `[t, h]`.
-    pub fn forward(&self, pool: &Pool, x_th: &mut [f32], input: Input<'_>, work: &mut MoeWorkspace) {
+    pub fn forward(&self, pool: &Pool, x_th: &mut [f32], input: Input<'_>, work: &mut MoeWorkspace, profile: &mut Profile) {
         let (s, h) = (self.top_k, self.gate_eh.len() / self.experts_e);
         let n = x_th.len() / h * s;
         self.route(pool, input.values, h, work);
@@ -133,14 +134,18 @@ impl Moe {
         match &self.experts {
             Experts::Int8 { gate_up, down } => {
                 let up = group_rows(self.experts_e, gate_up.n(), down.n(), input.rows, work);
+                profile.lap(Part::Router);
                 int8::grouped(pool, &mut work.inner_ni, &work.rows, gate_up, up, &work.groups_up, Into::SwiGlu);
+                profile.lap(Part::ExpertsUp);
                 work.rows.quantise(pool, &work.inner_ni, up / 2);
                 int8::grouped(pool, &mut work.y_nh, &work.rows, down, h, &work.groups_down, Into::Set);
             }
             Experts::Int4 { gate_up, down } => {
                 let up = group_rows(self.experts_e, gate_up.n(), down.n(), input.rows, work);
                 work.rows.sum_groups(gate_up.group());
+                profile.lap(Part::Router);
                 int4::grouped(pool, &mut work.inner_ni, &work.rows, gate_up, up, &work.groups_up, Into::SwiGlu);
+                profile.lap(Part::ExpertsUp);
                 work.rows.quantise(pool, &work.inner_ni, up / 2);
                 work.rows.sum_groups(down.group());
                 int4::grouped(pool, &mut work.y_nh, &work.rows, down, h, &work.groups_down, Into::Set);
@@ -150,6 +155,7 @@ impl Moe {
                 for (x_h, &token) in work.x_nh.chunks_exact_mut(h).zip(&work.token_n) {
                     x_h.copy_from_slice(&input.values[token as usize * h..][..h]);
                 }
+                profile.lap(Part::Router);
                 for ((gate_up, down), bounds) in experts.iter().zip(work.starts_e.windows(2)) {
                     if bounds[0] == bounds[1] {
                         continue;
@@ -159,7 +165,9 @@ impl Moe {
                     inner.resize((bounds[1] - bounds[0]) * gate_up.i, 0.0);
                     // A float layer reads no bytes.
                     gate_up.forward(pool, &mut inner, &mut work.both, Input { values: &work.x_nh[rows.clone()], rows: &work.rows });
+                    profile.lap(Part::ExpertsUp);
                     down.forward(pool, &mut work.y_nh[rows], Input { values: &inner, rows: &work.rows }, false);
+                    profile.lap(Part::ExpertsDown);
                     work.inner_ni = inner;
                 }
             }
@@ -175,6 +183,7 @@ impl Moe {
                 }
             }
         });
+        profile.lap(Part::ExpertsDown);
     }
 }
 

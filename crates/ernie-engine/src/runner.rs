@@ -6,6 +6,7 @@ use crate::cache::{Cache, CacheSpans};
 use crate::error::Result;
 use crate::gates::GateWorkspace;
 use crate::model::Model;
+use crate::profile::Profile;
 
 /// Positions for which angles are computed at first; their number doubles when it is too small.
 const FIRST_POSITIONS: usize = 512;
@@ -34,6 +35,7 @@ pub(crate) struct Workspace {
     /// Rows whose logits are wanted.
     pub wanted: Vec<u32>,
     pub logits: Vec<f32>,
+    pub profile: Profile,
 }
 
 /// Values of a routed layer: `n` = tokens × experts per token, in the order of the experts.

@@ -1,13 +1,15 @@
 //! One conversation with a model: its tokens and their keys and values.
 use ernie_kernels::paged::BLOCK;
 
+use crate::drafts::DraftOptions;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::paragraphs::Ends;
+use crate::profile::Profile;
 use crate::runner::Runner;
 
 /// Prompt tokens that go through the layers together: enough that reading the weights is not what takes the time.
-const PREFILL_CHUNK: usize = 256;
+pub const PREFILL_CHUNK: usize = 256;
 
 /// Tokens so far and the key/value cache for them. Logits are the same bits whether tokens come one by one, in chunks or all at once.
 #[derive(Debug)]
@@ -19,6 +21,7 @@ pub struct Session<'m> {
     /// The cache's blocks, in order: a session has them to itself.
     blocks: Vec<u32>,
     paragraphs: Ends,
+    drafts: DraftOptions,
 }
 
 impl<'m> Session<'m> {
@@ -38,7 +41,30 @@ impl<'m> Session<'m> {
         // A session may forget its last tokens, so it keeps what its windows have passed.
         let windows = if model.cache_layout().window.is_some() { blocks } else { 0 };
         let runner = Runner::new(model, blocks, windows)?;
-        Ok(Session { model, max_len, ids: Vec::new(), runner, blocks: (0..blocks as u32).collect(), paragraphs: Ends::default() })
+        let (ids, blocks, paragraphs, drafts) = (Vec::new(), (0..blocks as u32).collect(), Ends::default(), DraftOptions { max_tokens: 0 });
+        Ok(Session { model, max_len, ids, runner, blocks, paragraphs, drafts })
+    }
+
+    /// The same session, with guesses of what follows checked together while text is generated in it: the same tokens, sooner where text repeats itself. Without
+    /// this nothing is guessed, and of a model with gated heads never, for those keep no state between the ends of blocks to go back to.
+    pub fn with_drafts(mut self, drafts: DraftOptions) -> Self {
+        self.drafts = DraftOptions { max_tokens: if self.model.has_gates() { 0 } else { drafts.max_tokens } };
+        self
+    }
+
+    /// How much is guessed.
+    pub(crate) fn drafts(&self) -> DraftOptions {
+        self.drafts
+    }
+
+    /// Measures where the time goes from now on, or no more.
+    pub fn set_profile(&mut self, on: bool) {
+        self.runner.work.profile.set(on);
+    }
+
+    /// Where the time went since.
+    pub fn profile(&self) -> &Profile {
+        &self.runner.work.profile
     }
 
     /// The model.
@@ -101,6 +127,21 @@ impl<'m> Session<'m> {
     /// As [`Session::prefill`].
     pub fn decode(&mut self, id: u32) -> Result<&[f32]> {
         self.prefill(&[id])
+    }
+
+    /// Appends a token that was chosen and those that are guessed to follow it; [`Session::logits`] has a row after each.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub(crate) fn check(&mut self, chosen_and_guesses: &[u32]) -> Result<()> {
+        self.check_room(chosen_and_guesses)?;
+        self.step(chosen_and_guesses, chosen_and_guesses.len());
+        Ok(())
+    }
+
+    /// The logits of the last tokens, as they were asked for: `[wanted, vocab]`.
+    pub(crate) fn logits(&self) -> &[f32] {
+        &self.runner.work.logits
     }
 
     /// Appends tokens; returns the logits `[last, vocab]` after each of the last `last` of them.

@@ -15,6 +15,9 @@ pub use blocks::BlockPool;
 pub use unused::BlockId;
 pub use windows::{WindowPool, WindowTable};
 
+/// Guesses of a sequence that memory is taken for when it comes; a longer draft takes more.
+const USUAL_DRAFT: usize = 16;
+
 use crate::error::{Error, Result};
 
 /// A sequence's name, chosen by the caller.
@@ -223,7 +226,7 @@ impl Scheduler {
             blocks: Vec::with_capacity(limit.div_ceil(self.options.block_size)),
             windowed: WindowTable::default(),
             published: 0,
-            draft: Vec::new(),
+            draft: Vec::with_capacity(USUAL_DRAFT),
             planned: 0,
             planned_drafts: 0,
             limit,

@@ -30,14 +30,28 @@ fn decode_without_allocating(drafts: usize) {
         let model = Arc::new(Model::load_with(&Golden::named(name).checkpoint(), options).unwrap());
         let options = EngineOptions { cache_bytes: 1 << 21, drafts: DraftOptions { max_tokens: drafts }, ..EngineOptions::default() };
         let mut engine = Engine::new(model, options).unwrap();
-        for seed in 0..4u64 {
-            let sampling = SamplingParams { temperature: 0.9, top_p: 0.95, seed, ..SamplingParams::default() };
-            let base = if seed % 2 == 0 { SamplingParams::greedy() } else { sampling };
-            let params = SamplingParams { max_tokens: 48, ignore_eos: true, ..base };
-            engine.submit(Request { prompt: vec![1, 5, 9 + seed as u32], params, logprobs: Some(0) }).unwrap();
+        let submit = |engine: &mut Engine| {
+            for seed in 0..4u64 {
+                let sampling = SamplingParams { temperature: 0.9, top_p: 0.95, seed, ..SamplingParams::default() };
+                let mut base = if seed % 2 == 0 { SamplingParams::greedy() } else { sampling };
+                if drafts > 0 && seed == 0 {
+                    // A text that repeats itself, so that guesses are right; those of the others are wrong or none.
+                    base.logit_bias = vec![(7, 100.0)];
+                }
+                let params = SamplingParams { max_tokens: if drafts > 0 { 100 } else { 48 }, ignore_eos: true, ..base };
+                engine.submit(Request { prompt: vec![1, 5, 9 + seed as u32], params, logprobs: Some(0) }).unwrap();
+            }
+        };
+        if drafts > 0 {
+            // Steps are of different sizes, and the largest may come late.
+            submit(&mut engine);
+            while !engine.is_idle() {
+                engine.step();
+            }
         }
-        // The first steps find out how much is needed; with guesses they are of different sizes.
-        for _ in 0..if drafts > 0 { 12 } else { 6 } {
+        submit(&mut engine);
+        // The first steps find out how much is needed.
+        for _ in 0..6 {
             engine.step();
         }
         let (mut steps, mut tokens) = (0, 0);

@@ -2,7 +2,9 @@
 use std::ops::ControlFlow;
 
 use ernie_checkpoint::SaveDtype;
-use ernie_engine::{FinishReason, Generation, Model, SamplingParams, TextDecoder, WeightDtype, generate};
+use ernie_engine::{
+    DraftOptions, FinishReason, Generation, Model, SamplingParams, Session, TextDecoder, WeightDtype, generate, generate_in,
+};
 
 use crate::golden::Golden;
 
@@ -120,4 +122,38 @@ fn timings_add_up() {
     assert!(0.0 < timings.prefill_seconds && timings.prefill_seconds <= timings.first_token_seconds);
     let tokens_per_second = 23.0 / timings.decode_seconds;
     assert!((timings.decode_tokens_per_second / tokens_per_second - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn guesses_change_no_token_and_leave_nothing_behind() {
+    for golden in Golden::all() {
+        for dtype in [WeightDtype::Auto, WeightDtype::Int8] {
+            let model = golden.model(dtype);
+            let repeated: Vec<u32> = golden.prompt.iter().copied().cycle().take(48).collect();
+            for (seed, temperature, bias) in [(0, 0.0, 0.0), (1, 0.0, 100.0), (2, 0.8, 0.0), (3, 0.8, 8.0), (4, 1.5, 8.0)] {
+                // The bias makes the text repeat itself, so that guesses come right.
+                let sampling = SamplingParams { temperature, seed, logit_bias: vec![(repeated[0], bias), (repeated[1], bias)], ..greedy() };
+                for (max_tokens, max_len) in [(1, 200), (2, 200), (40, 200), (200, repeated.len() + 30)] {
+                    let params = SamplingParams { max_tokens, ignore_eos: true, ..sampling.clone() };
+                    let run = |drafts| {
+                        let session = Session::new(&model, max_len).unwrap();
+                        let mut session = session.with_drafts(DraftOptions { max_tokens: drafts });
+                        let first =
+                            generate_in(&mut session, &repeated, &params, Brackets::default(), |_| ControlFlow::Continue(())).unwrap();
+                        let ids = session.ids().to_vec();
+                        // The same session goes on with what it holds.
+                        let again =
+                            generate_in(&mut session, &repeated, &params, Brackets::default(), |_| ControlFlow::Continue(())).unwrap();
+                        assert_eq!((&first.tokens, &first.text), (&again.tokens, &again.text));
+                        (first.tokens, first.text, first.finish_reason, ids)
+                    };
+                    let plain = run(0);
+                    assert_eq!(plain.3, [&repeated, &plain.0[..plain.0.len() - 1]].concat());
+                    for drafts in [1, 4, 12, 100] {
+                        assert_eq!(run(drafts), plain, "{} {dtype:?}, {drafts} guesses, temperature {temperature}", golden.name);
+                    }
+                }
+            }
+        }
+    }
 }
