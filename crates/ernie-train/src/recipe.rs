@@ -321,6 +321,9 @@ pub struct Loss {
     /// Share of the heads that are to be active.
     #[serde(skip_serializing_if = "is_default_gate_target")]
     pub gate_target: f64,
+    /// Share of the steps in which the target falls from 1 to `gate_target`: heads learn what they are for before some of them are shut.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub gate_warmup: f64,
 }
 
 const GATE: f64 = 1.0;
@@ -335,6 +338,19 @@ fn is_default_gate_target(target: &f64) -> bool {
     *target == GATE_TARGET
 }
 
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
+impl Loss {
+    /// Share of the heads that are to be active in a step of `steps`.
+    pub fn gate_target_at(&self, step: u64, steps: u64) -> f64 {
+        let warmup = self.gate_warmup * steps as f64;
+        let done = if warmup > 0.0 { (step as f64 / warmup).min(1.0) } else { 1.0 };
+        1.0 + (self.gate_target - 1.0) * done
+    }
+}
+
 impl Default for Loss {
     fn default() -> Self {
         Self {
@@ -345,6 +361,7 @@ impl Default for Loss {
             mtp_weight: 0.1,
             gate: GATE,
             gate_target: GATE_TARGET,
+            gate_warmup: 0.0,
         }
     }
 }
@@ -555,6 +572,7 @@ impl Recipe {
             ("loss.mtp_weight", self.loss.mtp_weight, 0.0, f64::MAX),
             ("loss.gate", self.loss.gate, 0.0, f64::MAX),
             ("loss.gate_target", self.loss.gate_target, 0.0, 1.0),
+            ("loss.gate_warmup", self.loss.gate_warmup, 0.0, 1.0),
         ] {
             if !(low..=high).contains(&value) {
                 return Err(invalid(key, format!("{value} is out of range"), format!("give a number from {low:e} to {high:e}")));

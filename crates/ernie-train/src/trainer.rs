@@ -385,7 +385,7 @@ impl<'a> Trainer<'a> {
             mtp: loss.mtp_weight,
             pull: 0.0,
             gate: loss.gate,
-            gate_target: loss.gate_target,
+            gate_target: loss.gate_target_at(step, self.total_steps),
         };
         let weights = self.curriculum.as_ref().map_or(weights, |curriculum| curriculum.weights(step, weights));
         let scored = batches.iter().map(PackedBatch::scored).sum::<usize>().max(1) as f64;

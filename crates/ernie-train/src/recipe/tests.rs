@@ -174,3 +174,12 @@ fn the_nano_recipe_is_valid() {
     let recipe = Recipe::from_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano.toml")).unwrap();
     recipe.validate(&crate::model_config(&recipe).unwrap(), 8 << 30).unwrap();
 }
+
+#[test]
+fn the_share_of_heads_falls_from_all_to_the_target() {
+    let loss = Loss { gate_target: 0.6, gate_warmup: 0.5, ..Loss::default() };
+    for (step, share) in [(0, 1.0), (25, 0.8), (50, 0.6), (100, 0.6)] {
+        assert!((loss.gate_target_at(step, 100) - share).abs() < 1e-12, "step {step}: {}", loss.gate_target_at(step, 100));
+    }
+    assert_eq!(Loss { gate_warmup: 0.0, ..loss }.gate_target_at(1, 100), 0.6);
+}
