@@ -15,7 +15,7 @@ pub const ENVIRONMENT_PREFIX: &str = "ERNIE_SERVE_";
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServeConfig {
-    /// Address to listen on. Only this machine's own, for there are no keys.
+    /// Address to listen on; without keys only one of this machine's own.
     pub host: IpAddr,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
@@ -59,6 +59,16 @@ pub struct ServeConfig {
     pub write_timeout_s: u64,
     /// Seconds that a shutdown waits for answers under way.
     pub drain_timeout_s: u64,
+    /// Where keys, usage and the audit log are: `sqlite:PATH`, `sqlite::memory:` or `postgres://…`; a file under the user's data directory if there is none.
+    pub database: Option<String>,
+    /// What money is counted in; a name for people.
+    pub currency: String,
+    /// What a million tokens of prompts cost.
+    pub price_per_million_prompt_tokens: f64,
+    /// What a million tokens of answers cost.
+    pub price_per_million_completion_tokens: f64,
+    /// Power that is put down to requests where the processor's own counters cannot be read, watts.
+    pub modelled_watts: f64,
     /// The least important messages that are logged.
     pub log_level: LogLevel,
     /// How messages are written.
@@ -140,6 +150,11 @@ impl Default for ServeConfig {
             body_timeout_s: 30,
             write_timeout_s: 30,
             drain_timeout_s: 30,
+            database: None,
+            currency: "USD".to_owned(),
+            price_per_million_prompt_tokens: 0.0,
+            price_per_million_completion_tokens: 0.0,
+            modelled_watts: 65.0,
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
         }
@@ -184,10 +199,19 @@ impl ServeConfig {
     /// Checks what types do not.
     ///
     /// # Errors
-    /// A value out of range; an address that others can reach.
+    /// A value out of range.
     pub fn validate(&self) -> Result<()> {
-        if !self.host.is_loopback() {
-            return Err(Error::NotLoopback { host: self.host });
+        let refuse = |reason: String| Error::Config { origin: "configuration".to_owned(), reason };
+        let amounts = [
+            ("price_per_million_prompt_tokens", self.price_per_million_prompt_tokens),
+            ("price_per_million_completion_tokens", self.price_per_million_completion_tokens),
+            ("modelled_watts", self.modelled_watts),
+        ];
+        if let Some((key, value)) = amounts.iter().find(|(_, value)| !(0.0..=1e6).contains(value)) {
+            return Err(refuse(format!("{key}: expected an amount from 0 to 1000000, got {value}")));
+        }
+        if !(1..=16).contains(&self.currency.chars().count()) || self.currency.chars().any(char::is_control) {
+            return Err(refuse(format!("currency: expected a name of 1 to 16 characters, got {:?}", self.currency)));
         }
         let positive = [
             ("cache_mib", self.cache_mib),
@@ -202,10 +226,7 @@ impl ServeConfig {
         // Above, sizes of channels and of memory in bytes would overflow.
         match positive.iter().find(|(_, value)| !(1..=u32::MAX as usize).contains(value)) {
             None => Ok(()),
-            Some((key, value)) => {
-                let reason = format!("{key}: expected a number from 1 to {}, got {value}", u32::MAX);
-                Err(Error::Config { origin: "configuration".to_owned(), reason })
-            }
+            Some((key, value)) => Err(refuse(format!("{key}: expected a number from 1 to {}, got {value}", u32::MAX))),
         }
     }
 
@@ -298,7 +319,12 @@ mod tests {
             let error = load(None, &[(name, value)], "").unwrap_err().to_string();
             assert!(error.contains(name), "{error}");
         }
-        for (flags, part) in [("host = \"0.0.0.0\"", "0.0.0.0"), ("max_queue = 0", "max_queue"), ("cache_mib = 10000000000", "cache_mib")] {
+        for (flags, part) in [
+            ("currency = \"\"", "currency"),
+            ("modelled_watts = -1.0", "modelled_watts"),
+            ("max_queue = 0", "max_queue"),
+            ("cache_mib = 10000000000", "cache_mib"),
+        ] {
             let error = load(None, &[], flags).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }
