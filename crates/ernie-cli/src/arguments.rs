@@ -1,7 +1,7 @@
 //! The command line as clap reads it; what each subcommand takes is declared in its own file.
 use clap::{Parser, Subcommand};
 
-use crate::{bench, chat, eval, explain, generate, inspect, logits, outcome, quantize, serve, tokenize, train};
+use crate::{bench, chat, eval, explain, generate, inspect, keys, logits, outcome, quantize, serve, tokenize, train, usage};
 
 /// Train, inspect and talk to ERNIE-4.5 language models
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ use crate::{bench, chat, eval, explain, generate, inspect, logits, outcome, quan
         ernie inspect path/to/model                       sizes, memory, and what is wrong with it\n  \
         ernie explain \"Once upon a time\"                  what surprises the model, which experts it chooses\n  \
         ernie serve                                       an OpenAI-compatible server for this machine\n  \
+        ernie keys create team-a                          a key for it; from then on each request needs one\n  \
+        ernie usage --by key                              what was used, by whom\n  \
         ernie train recipes/nano.toml --data path/to/data train a model\n\n\
         Exit codes:\n  0    success\n  1    failure; standard error says what happened and what to do\n  \
         2    the command line is wrong\n  130  interrupted (Ctrl-C)\n\n\
@@ -51,6 +53,8 @@ pub enum Command {
     Eval(eval::EvalArguments),
     Explain(explain::ExplainArguments),
     Serve(serve::ServeArguments),
+    Keys(keys::KeysArguments),
+    Usage(usage::UsageArguments),
     Train(train::TrainArguments),
 }
 

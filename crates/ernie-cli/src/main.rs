@@ -14,6 +14,7 @@ mod explain;
 mod generate;
 mod inspect;
 mod interrupt;
+mod keys;
 mod logits;
 mod model;
 mod outcome;
@@ -24,6 +25,7 @@ mod serve;
 mod summarise;
 mod tokenize;
 mod train;
+mod usage;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -51,6 +53,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Eval(eval) => eval::run(eval),
         Command::Explain(explain) => explain::run(explain),
         Command::Serve(serve) => serve::run(serve),
+        Command::Keys(keys) => keys::run(keys),
+        Command::Usage(usage) => usage::run(usage),
         Command::Train(train) => train::run(train),
     }
 }

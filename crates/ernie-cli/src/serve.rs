@@ -17,7 +17,8 @@ use crate::outcome::{self, Outcome};
     long_about = "Serve a model over HTTP, as OpenAI's API does: /v1/completions and /v1/chat/completions (streaming and not), /v1/embeddings, \
         /v1/models, /v1/tokenize, /v1/detokenize; /health/live, /health/ready, /metrics for Prometheus, and /openapi.json, which describes \
         them all.\n\n\
-        There are no keys yet, so only this machine itself is served. Ctrl-C or SIGTERM finishes the answers under way and takes no new \
+        Without keys only this machine itself is served; `ernie keys create NAME` makes the first, and from then on each request needs one, of which the server \
+        learns at once. Keys, what they used and who changed them are in a database: a file of this user, or PostgreSQL (--database). Ctrl-C or SIGTERM finishes the answers under way and takes no new \
         requests; a second one stops at once.\n\n\
         Every option may also stand in a TOML file (--config), under its name with _ for -, and in the environment, as ERNIE_SERVE_ and that \
         name in capitals. Flags win over the environment, the environment over the file. Limits of time and size stand in those two only; --print-config \
@@ -26,6 +27,7 @@ use crate::outcome::{self, Outcome};
         ernie serve                                           the built-in model at http://127.0.0.1:8080/v1\n  \
         ernie serve --model path/to/model --weights int8 --port 9000\n  \
         ernie serve --config serve.toml --print-config\n  \
+        ernie serve --host 0.0.0.0 --database postgres://ernie@db/accounts\n  \
         curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' -d '{\"prompt\": \"Once upon a time\"}'"
 )]
 pub struct ServeArguments {
@@ -42,7 +44,7 @@ pub struct ServeArguments {
 /// Flags by the keys of the configuration; those not given are left to the other sources. Ranges are checked there, for all sources alike.
 #[derive(Debug, Serialize, clap::Args)]
 struct Options {
-    /// Address to listen on, one of this machine's own [default: 127.0.0.1]
+    /// Address to listen on; without keys one of this machine's own [default: 127.0.0.1]
     #[arg(long, value_name = "ADDRESS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<String>,
@@ -110,6 +112,10 @@ struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_streams: Option<u32>,
+    /// Where keys and usage are: sqlite:PATH, sqlite::memory:, postgres://… [default: ernie/serve.db in the user's data directory]
+    #[arg(long, value_name = "DATABASE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    database: Option<String>,
     /// The least important messages that are logged: error, warn, info, debug [default: info]
     #[arg(long, value_name = "LEVEL")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -131,6 +137,10 @@ pub fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         return Ok(());
     }
     ernie_serve::log::start(&config);
+    let has_keys = ernie_serve::check_address(&config).map_err(|error| match error {
+        error @ ernie_serve::Error::NotLoopback { .. } => outcome::usage(error.to_string()),
+        error => error.into(),
+    })?;
     let model = ModelArgument::new(config.model.as_deref());
     let directory = || config.model.as_ref()?.file_name()?.to_str().map(str::to_owned);
     let options = config.load_options(rayon::current_num_threads());
@@ -142,12 +152,9 @@ pub fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     };
     let (name, scheme) = (served.name.clone(), config.scheme());
     let listening = |address| {
+        let to_whom = if has_keys { "to those who have a key" } else { "for this machine alone: no keys are configured" };
         // Nobody reading it is no reason not to serve.
-        let _ = writeln!(
-            std::io::stdout().lock(),
-            "{name} is served at {}/v1 for this machine alone: no keys are configured",
-            ernie_serve::url(scheme, address)
-        );
+        let _ = writeln!(std::io::stdout().lock(), "{name} is served at {}/v1 {to_whom}", ernie_serve::url(scheme, address));
     };
     match ernie_serve::serve_until_signal(config, served, listening) {
         Err(ernie_serve::Error::Stopped) => Err(Outcome::Interrupted.into()),

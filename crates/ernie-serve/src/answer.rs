@@ -12,6 +12,7 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use utoipa::ToSchema;
 
+use crate::accounts::charge::Charge;
 use crate::api_error::ApiError;
 use crate::metrics::StreamGuard;
 use crate::state::State;
@@ -62,6 +63,7 @@ pub struct Answers {
     events: mpsc::Receiver<(usize, Event)>,
     count: usize,
     prompt_tokens: usize,
+    charge: Charge,
 }
 
 /// What each answer of a request has in common.
@@ -76,8 +78,8 @@ pub struct Wanted {
 }
 
 impl Answers {
-    /// Sends everything to the engine: `n` answers to each prompt, one after the other.
-    pub fn start(state: &State, places: &mut Places, prompts: Vec<Vec<u32>>, wanted: &Wanted) -> Self {
+    /// Sends everything to the engine: `n` answers to each prompt, one after the other. `charge` pays, for each prompt once.
+    pub fn start(state: &State, places: &mut Places, prompts: Vec<Vec<u32>>, wanted: &Wanted, charge: Charge) -> Self {
         let count = prompts.len() * wanted.n;
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let (sender, events) = mpsc::channel(state.config.stream_buffer.saturating_mul(count.max(1)));
@@ -85,16 +87,17 @@ impl Answers {
             for number in 0..wanted.n {
                 let params = SamplingParams { seed: wanted.params.seed.wrapping_add(number as u64), ..wanted.params.clone() };
                 let task = Task::Generate(Request { prompt: prompt.clone(), params, logprobs: wanted.logprobs });
-                places.send(Job { task, index: index * wanted.n + number, events: sender.clone() });
+                let charge = Some(if number == 0 { charge.clone() } else { charge.answers_only() });
+                places.send(Job { task, index: index * wanted.n + number, events: sender.clone(), charge });
             }
         }
-        Answers { events, count, prompt_tokens }
+        Answers { events, count, prompt_tokens, charge }
     }
 
     /// All of them, in order.
     ///
     /// # Errors
-    /// The engine refused or failed one.
+    /// The engine refused or failed one, or what they used cannot be written down.
     pub async fn gather(mut self) -> Result<(Vec<Answer>, Usage), ApiError> {
         let mut answers: Vec<Answer> = (0..self.count).map(|_| Answer::default()).collect();
         let mut left = self.count;
@@ -117,6 +120,7 @@ impl Answers {
                 Event::Scores(_) | Event::Embedding(_) => unreachable!("only continuations were asked for"),
             }
         }
+        self.charge.settle().await?;
         let usage = Usage::new(self.prompt_tokens, answers.iter().map(|answer| answer.count).sum());
         Ok((answers, usage))
     }
@@ -185,6 +189,18 @@ impl<S: Shape> Streaming<S> {
             if self.done {
                 return None;
             }
+            if self.left == 0 {
+                // The last events say that all went well; until its usage is written down it did not.
+                match self.answers.charge.settle().await {
+                    Ok(()) => {
+                        let usage = Usage::new(self.answers.prompt_tokens, self.completion_tokens);
+                        self.frames.extend(self.shape.usage(usage));
+                        self.finish();
+                    }
+                    Err(error) => self.fail(&error),
+                }
+                continue;
+            }
             match tokio::time::timeout(KEEP_ALIVE, self.answers.events.recv()).await {
                 Err(_) => return Some(Bytes::from_static(b": waiting\n\n")),
                 Ok(None) => self.fail(&ended_early()),
@@ -200,11 +216,6 @@ impl<S: Shape> Streaming<S> {
                 self.completion_tokens += tokens;
                 self.frames.push_back(self.shape.end(index, &text, reason));
                 self.left -= 1;
-                if self.left == 0 {
-                    let usage = Usage::new(self.answers.prompt_tokens, self.completion_tokens);
-                    self.frames.extend(self.shape.usage(usage));
-                    self.finish();
-                }
             }
             Event::Failed(error) => self.fail(&ApiError::engine(&error, "prompt")),
             Event::Scores(_) | Event::Embedding(_) => unreachable!("only continuations were asked for"),

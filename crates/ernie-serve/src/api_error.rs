@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::accounts::keys::Scope;
 use crate::worker::Refused;
 
 /// Seconds after which a client that found the server full may try again.
@@ -22,7 +23,7 @@ pub struct ErrorBody {
 pub struct ErrorDetail {
     /// For people: what was expected and what came.
     pub message: String,
-    /// `invalid_request_error`, `rate_limit_error` or `server_error`.
+    /// `invalid_request_error`, `rate_limit_error`, `insufficient_quota` or `server_error`.
     #[serde(rename = "type")]
     pub kind: &'static str,
     /// The field of the request, if it is one field's fault.
@@ -36,11 +37,13 @@ pub struct ErrorDetail {
 pub struct ApiError {
     status: StatusCode,
     detail: ErrorDetail,
+    /// Seconds after which to come again, if that is known.
+    retry_after: Option<u64>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
-        ApiError { status, detail: ErrorDetail { message: message.into(), kind, param: None, code } }
+        ApiError { status, detail: ErrorDetail { message: message.into(), kind, param: None, code }, retry_after: None }
     }
 
     /// The request is at fault: 4xx.
@@ -51,6 +54,12 @@ impl ApiError {
     /// A field of the request is out of range or of the wrong kind: 400.
     pub fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::request(StatusCode::BAD_REQUEST, None, message).of(param)
+    }
+
+    /// A model that is not there, or not for this key: 404, as OpenAI answers.
+    pub fn no_model(name: &str) -> Self {
+        let message = format!("The model `{name}` does not exist or is not yours to use; see /v1/models.");
+        Self::request(StatusCode::NOT_FOUND, Some("model_not_found"), message).of("model")
     }
 
     /// A field asks for what this server does not do: 400.
@@ -73,6 +82,46 @@ impl ApiError {
     /// The server is at fault: 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
+    }
+
+    /// No key, or none that is taken: one answer for all of them, so that nobody learns which it was. 401.
+    pub fn no_valid_key() -> Self {
+        let message = "No valid API key. Send one that is neither revoked nor expired as `Authorization: Bearer KEY`.";
+        Self::request(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)
+    }
+
+    /// The key is known but was not made for this: 403.
+    pub fn insufficient_scope(wanted: Scope) -> Self {
+        let message = format!("This key does not have the scope `{wanted}`.");
+        Self::request(StatusCode::FORBIDDEN, Some("insufficient_scope"), message)
+    }
+
+    /// A route for which nobody said who may use it: 403.
+    pub fn no_scope() -> Self {
+        Self::request(StatusCode::FORBIDDEN, Some("insufficient_scope"), "No key may be used for this.")
+    }
+
+    /// A key's minute is full: 429 that says in how many seconds it is not.
+    pub fn rate_limited(message: impl Into<String>, wait: u64) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"), message);
+        ApiError { retry_after: Some(wait), ..error }
+    }
+
+    /// A key's tokens of the month are used up: 429, as OpenAI answers; `wait`: seconds to the next month.
+    pub fn quota(message: impl Into<String>, wait: u64) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "insufficient_quota", Some("insufficient_quota"), message);
+        ApiError { retry_after: Some(wait), ..error }
+    }
+
+    /// A key's money of the month is spent: 402.
+    pub fn budget(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYMENT_REQUIRED, "insufficient_quota", Some("budget_exceeded"), message)
+    }
+
+    /// Who asks cannot be seen, or what they use not be written down: 503. `what` goes before the advice.
+    pub fn accounts_away(what: &str) -> Self {
+        let message = format!("{what}; try again later.");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("accounts_unavailable"), message)
     }
 
     /// The same, of one field.
@@ -122,8 +171,12 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+            headers.insert(header::RETRY_AFTER, self.retry_after.map_or(RETRY_AFTER, HeaderValue::from));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 use utoipa::ToSchema;
 
+use crate::accounts::Caller;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
@@ -260,6 +261,7 @@ fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted), Ap
 pub async fn chat_completions(
     Extract(state): Extract<Shared>,
     Extension(RequestId(id)): Extension<RequestId>,
+    Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let request = ChatRequest { chat: body.parse()?, sampling: body.parse()? };
@@ -267,6 +269,8 @@ pub async fn chat_completions(
     let (ids, wanted) = state.compute(|state| prepare(state, request)).await?;
     let permit = if streams { Some(state.stream()?) } else { None };
     let mut places = state.reserve(wanted.n)?;
+    let most = wanted.n.saturating_mul(wanted.params.max_tokens);
+    let charge = state.accounts.admit(&caller, &state.name, ids.len(), most).await?;
     let shape = ChatShape {
         head: ChatResponse {
             id: format!("chatcmpl-{id}"),
@@ -280,7 +284,7 @@ pub async fn chat_completions(
         logprobs: wanted.logprobs.is_some(),
         usage_wanted,
     };
-    let answers = Answers::start(&state, &mut places, vec![ids], &wanted);
+    let answers = Answers::start(&state, &mut places, vec![ids], &wanted, charge);
     match permit {
         Some(permit) => Ok(answers.stream(&state, permit, shape)),
         None => Ok(Json(shape.whole(answers.gather().await?)).into_response()),

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
+use crate::accounts::Caller;
+use crate::accounts::charge::Charge;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
@@ -181,6 +183,7 @@ fn prepare(state: &State, request: CompletionRequest) -> Result<Prepared, ApiErr
 pub async fn completions(
     Extract(state): Extract<Shared>,
     Extension(RequestId(id)): Extension<RequestId>,
+    Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest { completion: body.parse()?, sampling: body.parse()? };
@@ -190,9 +193,13 @@ pub async fn completions(
     let jobs = if scored { prompts.len() } else { 0 } + wanted.as_ref().map_or(0, |wanted| prompts.len() * wanted.n);
     let permit = if streams { Some(state.stream()?) } else { None };
     let mut places = state.reserve(jobs)?;
+    let prompt_tokens = prompts.iter().map(Vec::len).sum();
+    let most = wanted.as_ref().map_or(0, |wanted| (prompts.len() * wanted.n).saturating_mul(wanted.params.max_tokens));
+    let mut charge = state.accounts.admit(&caller, &state.name, prompt_tokens, most).await?;
     let mut echoes: Vec<Echo> = echo.into_iter().flatten().map(|text| Echo { text, ..Echo::default() }).collect();
     if let Some(top) = logprobs.filter(|_| scored) {
-        let scores = score(&mut places, &prompts, top).await?;
+        let scores = score(&mut places, &prompts, top, &charge).await?;
+        charge = charge.answers_only();
         let ids = prompts.clone();
         let logprobs =
             state.compute(move |state| Ok(ids.iter().zip(&scores).map(|(ids, scores)| report(state, ids, scores)).collect::<Vec<_>>()));
@@ -216,11 +223,10 @@ pub async fn completions(
         echoes,
         n,
     };
-    let prompt_tokens = prompts.iter().map(Vec::len).sum();
     // Without anything to generate there is nothing to wait for: a stream of no tokens.
     let nothing = Wanted { n: 0, params: Default::default(), logprobs };
     let generates = wanted.is_some();
-    let answers = Answers::start(&state, &mut places, prompts, wanted.as_ref().unwrap_or(&nothing));
+    let answers = Answers::start(&state, &mut places, prompts, wanted.as_ref().unwrap_or(&nothing), charge);
     match permit {
         Some(_) if !generates => Err(ApiError::field("stream", "`stream`: there is nothing to stream with `max_tokens` 0")),
         Some(permit) => Ok(answers.stream(&state, permit, shape)),
@@ -240,10 +246,10 @@ pub async fn completions(
 }
 
 /// The log-probabilities of the prompts' own tokens.
-async fn score(places: &mut Places, prompts: &[Vec<u32>], top: usize) -> Result<Vec<Vec<Score>>, ApiError> {
+async fn score(places: &mut Places, prompts: &[Vec<u32>], top: usize, charge: &Charge) -> Result<Vec<Vec<Score>>, ApiError> {
     let (sender, mut events) = mpsc::channel(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
-        places.send(Job { task: Task::Score { prompt: prompt.clone(), top }, index, events: sender.clone() });
+        places.send(Job { task: Task::Score { prompt: prompt.clone(), top }, index, events: sender.clone(), charge: Some(charge.clone()) });
     }
     drop(sender);
     let mut all = vec![Vec::new(); prompts.len()];

@@ -15,7 +15,7 @@ pub const ENVIRONMENT_PREFIX: &str = "ERNIE_SERVE_";
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServeConfig {
-    /// Address to listen on. Only this machine's own, for there are no keys.
+    /// Address to listen on; without keys only one of this machine's own.
     pub host: IpAddr,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
@@ -63,6 +63,16 @@ pub struct ServeConfig {
     pub write_timeout_s: u64,
     /// Seconds that a shutdown waits for answers under way.
     pub drain_timeout_s: u64,
+    /// Where keys, usage and the audit log are: `sqlite:PATH`, `sqlite::memory:` or `postgres://…`; a file under the user's data directory if there is none.
+    pub database: Option<String>,
+    /// What money is counted in; a name for people.
+    pub currency: String,
+    /// What a million tokens of prompts cost.
+    pub price_per_million_prompt_tokens: f64,
+    /// What a million tokens of answers cost.
+    pub price_per_million_completion_tokens: f64,
+    /// Power that is put down to requests where the processor's own counters cannot be read, watts.
+    pub modelled_watts: f64,
     /// The least important messages that are logged.
     pub log_level: LogLevel,
     /// How messages are written.
@@ -146,6 +156,11 @@ impl Default for ServeConfig {
             body_timeout_s: 30,
             write_timeout_s: 30,
             drain_timeout_s: 30,
+            database: None,
+            currency: "USD".to_owned(),
+            price_per_million_prompt_tokens: 0.0,
+            price_per_million_completion_tokens: 0.0,
+            modelled_watts: 65.0,
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
         }
@@ -190,14 +205,22 @@ impl ServeConfig {
     /// Checks what types do not.
     ///
     /// # Errors
-    /// A value out of range; an address that others can reach; a certificate without its key.
+    /// A value out of range; a certificate without its key.
     pub fn validate(&self) -> Result<()> {
+        let refuse = |reason: String| Error::Config { origin: "configuration".to_owned(), reason };
         if self.tls_certificate.is_some() != self.tls_key.is_some() {
-            let reason = "tls_certificate and tls_key: expected both or neither".to_owned();
-            return Err(Error::Config { origin: "configuration".to_owned(), reason });
+            return Err(refuse("tls_certificate and tls_key: expected both or neither".to_owned()));
         }
-        if !self.host.is_loopback() {
-            return Err(Error::NotLoopback { host: self.host });
+        let amounts = [
+            ("price_per_million_prompt_tokens", self.price_per_million_prompt_tokens),
+            ("price_per_million_completion_tokens", self.price_per_million_completion_tokens),
+            ("modelled_watts", self.modelled_watts),
+        ];
+        if let Some((key, value)) = amounts.iter().find(|(_, value)| !(0.0..=1e6).contains(value)) {
+            return Err(refuse(format!("{key}: expected an amount from 0 to 1000000, got {value}")));
+        }
+        if !(1..=16).contains(&self.currency.chars().count()) || self.currency.chars().any(char::is_control) {
+            return Err(refuse(format!("currency: expected a name of 1 to 16 characters, got {:?}", self.currency)));
         }
         let positive = [
             ("cache_mib", self.cache_mib),
@@ -212,10 +235,7 @@ impl ServeConfig {
         // Above, sizes of channels and of memory in bytes would overflow.
         match positive.iter().find(|(_, value)| !(1..=u32::MAX as usize).contains(value)) {
             None => Ok(()),
-            Some((key, value)) => {
-                let reason = format!("{key}: expected a number from 1 to {}, got {value}", u32::MAX);
-                Err(Error::Config { origin: "configuration".to_owned(), reason })
-            }
+            Some((key, value)) => Err(refuse(format!("{key}: expected a number from 1 to {}, got {value}", u32::MAX))),
         }
     }
 
@@ -314,7 +334,8 @@ mod tests {
             assert!(error.contains(name), "{error}");
         }
         for (flags, part) in [
-            ("host = \"0.0.0.0\"", "0.0.0.0"),
+            ("currency = \"\"", "currency"),
+            ("modelled_watts = -1.0", "modelled_watts"),
             ("max_queue = 0", "max_queue"),
             ("cache_mib = 10000000000", "cache_mib"),
             ("tls_key = \"k\"", "tls_certificate"),

@@ -2,14 +2,15 @@
 //!
 //! A vector is the mean of the model's final states over the text. The models are trained to tell the next token, so the last state alone would speak of
 //! what follows; the mean speaks of the whole text, and needs no training of its own.
-use axum::Json;
 use axum::extract::State as Extract;
+use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
+use crate::accounts::Caller;
 use crate::answer::Usage;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
@@ -93,7 +94,11 @@ impl Vector {
     (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
     (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
 ))]
-pub async fn embeddings(Extract(state): Extract<Shared>, body: JsonBody) -> Result<Json<EmbeddingResponse>, ApiError> {
+pub async fn embeddings(
+    Extract(state): Extract<Shared>,
+    Extension(caller): Extension<Caller>,
+    body: JsonBody,
+) -> Result<Json<EmbeddingResponse>, ApiError> {
     let request: EmbeddingRequest = body.parse()?;
     state.check_model(request.model.as_deref())?;
     let hidden = state.model.config().hidden_size;
@@ -104,10 +109,11 @@ pub async fn embeddings(Extract(state): Extract<Shared>, body: JsonBody) -> Resu
     let texts = state.compute(|state| input.encode(state, "input")).await?;
     let tokens = texts.iter().map(Vec::len).sum();
     let mut places = state.reserve(texts.len())?;
+    let charge = state.accounts.admit(&caller, &state.name, tokens, 0).await?;
     let (sender, mut events) = mpsc::channel(texts.len());
     let mut vectors = vec![None; texts.len()];
     for (index, prompt) in texts.into_iter().enumerate() {
-        places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone() });
+        places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone(), charge: Some(charge.clone()) });
     }
     drop(sender);
     while let Some((index, event)) = events.recv().await {
@@ -123,5 +129,6 @@ pub async fn embeddings(Extract(state): Extract<Shared>, body: JsonBody) -> Resu
         Ok(Embedding { object: "embedding", index, embedding: Vector::new(values, encoding) })
     };
     let data = vectors.into_iter().enumerate().map(embedding).collect::<Result<_, ApiError>>()?;
+    charge.settle().await?;
     Ok(Json(EmbeddingResponse { object: "list", data, model: state.name.clone(), usage: Usage::new(tokens, 0) }))
 }

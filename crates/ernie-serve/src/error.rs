@@ -18,7 +18,9 @@ pub enum Error {
         reason: String,
     },
     /// Others could reach a server that knows no keys.
-    #[error("host {host}: without keys only this machine itself may be served; use 127.0.0.1 or ::1, and a proxy that checks who asks")]
+    #[error(
+        "host {host}: without keys only this machine itself may be served; make one with `ernie keys create NAME`, or use 127.0.0.1 or ::1"
+    )]
     NotLoopback {
         /// The address asked for.
         host: IpAddr,
@@ -31,6 +33,9 @@ pub enum Error {
         /// What was expected and found.
         reason: String,
     },
+    /// The accounts cannot be had.
+    #[error(transparent)]
+    Accounts(#[from] crate::accounts::store::StoreError),
     /// The address is taken or is not this machine's.
     #[error("cannot listen on {address}: {error}")]
     Listen {

@@ -4,7 +4,9 @@
 //! a bounded channel for each request. Neither waits for the other's slowest member: a full queue is answered with 429, and a reader that does not keep up
 //! or is gone loses its request before the next step.
 //!
-//! There are no keys yet, so only addresses of this machine are listened on.
+//! Who may use it, for how much, and what was used is the matter of [`accounts`]. Without keys only addresses of this machine are listened on.
+pub mod accounts;
+mod admin;
 mod answer;
 mod api_error;
 mod body;
@@ -31,6 +33,7 @@ mod worker;
 pub use config::{ENVIRONMENT_PREFIX, KvCache, LogFormat, LogLevel, ServeConfig, Weights};
 pub use error::{Error, Result};
 pub use metrics::{Metrics, StreamGuard};
+pub use server::check_address;
 pub use server::{Server, serve_until_signal, url};
 pub use state::ServedModel;
 pub use whole::Score;

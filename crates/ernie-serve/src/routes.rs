@@ -7,10 +7,12 @@ use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 
+use crate::accounts::Caller;
+use crate::accounts::access;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::chat::chat_completions;
 use crate::completions::completions;
@@ -18,7 +20,7 @@ use crate::embeddings::embeddings;
 use crate::request_id::{self, RequestId};
 use crate::state::{Shared, State};
 use crate::tokens::{detokenize, tokenize};
-use crate::{chat, completions, embeddings, tokens};
+use crate::{admin, chat, completions, embeddings, tokens};
 
 /// The description that `/openapi.json` gives.
 #[derive(Debug, OpenApi)]
@@ -35,7 +37,14 @@ use crate::{chat, completions, embeddings, tokens};
         live,
         ready,
         metrics,
-        openapi
+        openapi,
+        admin::session::session,
+        admin::keys::list,
+        admin::keys::create,
+        admin::keys::change,
+        admin::keys::revoke,
+        admin::reports::usage,
+        admin::reports::audit
     )
 )]
 struct Description;
@@ -54,6 +63,7 @@ pub fn router(state: Shared) -> Router {
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(openapi))
+        .merge(admin::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)
         .layer(middleware::from_fn_with_state(state.clone(), around))
@@ -75,7 +85,7 @@ pub struct ModelEntry {
     pub max_model_len: usize,
 }
 
-/// All models: one.
+/// All models: one, or none if the key may not use it.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ModelList {
     /// `list`.
@@ -90,8 +100,8 @@ fn entry(state: &State) -> ModelEntry {
 
 /// The models
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "The models", body = ModelList)))]
-async fn list_models(Extract(state): Extract<Shared>) -> Json<ModelList> {
-    Json(ModelList { object: "list", data: vec![entry(&state)] })
+async fn list_models(Extract(state): Extract<Shared>, Extension(caller): Extension<Caller>) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: caller.allows_model(&state.name).then(|| entry(&state)).into_iter().collect() })
 }
 
 /// One model
@@ -99,8 +109,15 @@ async fn list_models(Extract(state): Extract<Shared>) -> Json<ModelList> {
     (status = 200, description = "The model", body = ModelEntry),
     (status = 404, description = "There is none of that name", body = ErrorBody),
 ))]
-async fn one_model(Extract(state): Extract<Shared>, Path(model): Path<String>) -> Result<Json<ModelEntry>, ApiError> {
+async fn one_model(
+    Extract(state): Extract<Shared>,
+    Extension(caller): Extension<Caller>,
+    Path(model): Path<String>,
+) -> Result<Json<ModelEntry>, ApiError> {
     state.check_model(Some(&model))?;
+    if !caller.allows_model(&model) {
+        return Err(ApiError::no_model(&model));
+    }
     Ok(Json(entry(&state)))
 }
 
@@ -142,15 +159,24 @@ async fn not_allowed(method: Method, uri: Uri) -> ApiError {
 }
 
 /// Names the request, refuses what a page of another site may have sent, notes the answer.
-async fn around(Extract(state): Extract<Shared>, mut request: Request, next: Next) -> Response {
+async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -> Response {
     let began = Instant::now();
     let id = RequestId::of(request.headers(), &state);
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    let mut response = if host.is_none_or(is_this_machine) {
-        request.extensions_mut().insert(id.clone());
-        next.run(request).await
+    let of_this_machine = host.is_none_or(is_this_machine);
+    let open = state.accounts.is_open().await;
+    let mut response = if !open || of_this_machine {
+        let (mut head, body) = request.into_parts();
+        match access::authorise(&state, open, &head).await {
+            Ok(caller) => {
+                head.extensions.insert(id.clone());
+                head.extensions.insert(caller);
+                next.run(Request::from_parts(head, body)).await
+            }
+            Err(error) => error.into_response(),
+        }
     } else {
         let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
         ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()

@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
+use crate::accounts::{self, Accounts};
 use crate::config::ServeConfig;
 use crate::connection::Timed;
 use crate::error::{Error, Result};
@@ -29,6 +30,8 @@ use crate::worker::Worker;
 
 /// After an error of the system while accepting (no more files, say): time for others to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the end waits for usage of requests that were cut off; that of answered ones is written down already.
+const FLUSH: Duration = Duration::from_secs(5);
 
 /// A server that listens and does not answer yet.
 #[derive(Debug)]
@@ -44,7 +47,7 @@ impl Server {
     /// Starts the engine and listens. Connections wait until [`Server::run`].
     ///
     /// # Errors
-    /// A configuration out of range, a certificate that cannot be used, an address that cannot be had, an engine that does not take its options, no thread.
+    /// A configuration out of range, a certificate that cannot be used, a database that cannot be opened, an address that cannot be had or that others reach without there being keys, an engine that does not take its options, no thread.
     pub async fn bind(config: ServeConfig, served: ServedModel) -> Result<Self> {
         config.validate()?;
         let certificates = match (&config.tls_certificate, &config.tls_key) {
@@ -53,6 +56,10 @@ impl Server {
         };
         let asked = SocketAddr::new(config.host, config.port);
         let listen = |error| Error::Listen { address: asked, error };
+        let accounts = Accounts::open(&config).await?;
+        if !config.host.is_loopback() && !accounts.has_seen_keys() {
+            return Err(Error::NotLoopback { host: config.host });
+        }
         let listener = TcpListener::bind(asked).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let ServedModel { name, model, tokenizer, template } = served;
@@ -71,12 +78,18 @@ impl Server {
             tokenizer,
             template,
             worker,
+            accounts,
             metrics,
             draining: AtomicBool::new(false),
             started: unix_seconds(),
             random: Default::default(),
         });
         Ok(Server { listener, address, certificates, state, engine })
+    }
+
+    /// Who may use it, and what they used.
+    pub fn accounts(&self) -> Arc<Accounts> {
+        Arc::clone(&self.state.accounts)
     }
 
     /// Where it listens.
@@ -130,7 +143,10 @@ impl Server {
         if timeout_at(last, async { while connections.join_next().await.is_some() {} }).await.is_err() {
             tracing::warn!(connections = connections.len(), "connections cut off");
             connections.abort_all();
+            while connections.join_next().await.is_some() {}
         }
+        // All requests are over, and so all accounts with the writer.
+        state.accounts.flush(FLUSH).await;
         tracing::info!("stopped");
         Ok(())
     }
@@ -217,6 +233,15 @@ async fn serve_http<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router
     }
 }
 
+/// Whether the configured address may be listened on, before a model is loaded for it: any address of this machine, others only with keys. Tells whether there are keys.
+///
+/// # Errors
+/// [`Error::NotLoopback`]; the database cannot be opened.
+pub fn check_address(config: &ServeConfig) -> Result<bool> {
+    let has_keys = accounts::with_store(config, async |store| store.has_keys().await)?;
+    if has_keys || config.host.is_loopback() { Ok(has_keys) } else { Err(Error::NotLoopback { host: config.host }) }
+}
+
 /// Runs a server until Ctrl-C or SIGTERM, in a runtime of its own. `listening` is told where as soon as that is known.
 ///
 /// # Errors
@@ -228,7 +253,7 @@ pub fn serve_until_signal(config: ServeConfig, served: ServedModel, listening: i
         let mut signals = Signals::new()?;
         let server = Server::bind(config, served).await?;
         listening(server.address());
-        let stop = server.stopper();
+        let (stop, accounts) = (server.stopper(), server.accounts());
         let (begin, begun) = tokio::sync::oneshot::channel::<()>();
         let run = server.run(async {
             // A sender that is gone means the same.
@@ -243,6 +268,7 @@ pub fn serve_until_signal(config: ServeConfig, served: ServedModel, listening: i
             ended = &mut run => ended,
             () = signals.next() => {
                 stop();
+                accounts.flush(Duration::from_secs(1)).await;
                 Err(Error::Stopped)
             }
         }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::http::StatusCode;
 use ernie_checkpoint::{ChatTemplate, Tokenizer};
 use ernie_engine::Model;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::accounts::Accounts;
 use crate::api_error::ApiError;
 use crate::config::ServeConfig;
 use crate::metrics::Metrics;
@@ -47,6 +47,8 @@ pub struct State {
     pub template: ChatTemplate,
     /// The way to the engine.
     pub worker: Worker,
+    /// Who may use it, and what they used.
+    pub accounts: Arc<Accounts>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// Streams that may begin.
@@ -66,10 +68,7 @@ impl State {
     /// 404, as OpenAI answers for a model it does not have.
     pub fn check_model(&self, name: Option<&str>) -> Result<(), ApiError> {
         match name {
-            Some(name) if name != self.name => {
-                let message = format!("The model `{name}` does not exist; this server has `{}`.", self.name);
-                Err(ApiError::request(StatusCode::NOT_FOUND, Some("model_not_found"), message).of("model"))
-            }
+            Some(name) if name != self.name => Err(ApiError::no_model(name)),
             _ => Ok(()),
         }
     }

@@ -1,10 +1,11 @@
 //! `POST /v1/tokenize` and `POST /v1/detokenize`, with the bodies of vLLM's.
-use axum::Json;
 use axum::extract::State as Extract;
+use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use crate::accounts::Caller;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
 use crate::chat::{self, ChatMessage};
@@ -72,9 +73,15 @@ pub struct DetokenizeResponse {
     (status = 200, description = "The tokens", body = TokenizeResponse),
     (status = "4XX", description = "The request is at fault", body = ErrorBody),
 ))]
-pub async fn tokenize(Extract(state): Extract<Shared>, body: JsonBody) -> Result<Json<TokenizeResponse>, ApiError> {
+pub async fn tokenize(
+    Extract(state): Extract<Shared>,
+    Extension(caller): Extension<Caller>,
+    body: JsonBody,
+) -> Result<Json<TokenizeResponse>, ApiError> {
     let request: TokenizeRequest = body.parse()?;
     state.check_model(request.model.as_deref())?;
+    // A request, but no tokens: the model computes nothing.
+    let charge = state.accounts.admit(&caller, &state.name, 0, 0).await?;
     let response = state.compute(move |state| {
         let tokens = match (request.prompt, request.messages) {
             (Some(text), None) => {
@@ -90,7 +97,9 @@ pub async fn tokenize(Extract(state): Extract<Shared>, body: JsonBody) -> Result
         let token_strs = request.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(spelling).collect());
         Ok(TokenizeResponse { count: tokens.len(), max_model_len: state.max_len, tokens, token_strs })
     });
-    Ok(Json(response.await?))
+    let response = response.await?;
+    charge.settle().await?;
+    Ok(Json(response))
 }
 
 /// Tokens to text
@@ -98,9 +107,14 @@ pub async fn tokenize(Extract(state): Extract<Shared>, body: JsonBody) -> Result
     (status = 200, description = "The text", body = DetokenizeResponse),
     (status = "4XX", description = "The request is at fault", body = ErrorBody),
 ))]
-pub async fn detokenize(Extract(state): Extract<Shared>, body: JsonBody) -> Result<Json<DetokenizeResponse>, ApiError> {
+pub async fn detokenize(
+    Extract(state): Extract<Shared>,
+    Extension(caller): Extension<Caller>,
+    body: JsonBody,
+) -> Result<Json<DetokenizeResponse>, ApiError> {
     let request: DetokenizeRequest = body.parse()?;
     state.check_model(request.model.as_deref())?;
+    let charge = state.accounts.admit(&caller, &state.name, 0, 0).await?;
     let response = state.compute(move |state| {
         let vocab = state.tokenizer.vocab_size();
         match request.tokens.iter().position(|id| *id as usize >= vocab) {
@@ -111,5 +125,7 @@ pub async fn detokenize(Extract(state): Extract<Shared>, body: JsonBody) -> Resu
             None => Ok(DetokenizeResponse { prompt: state.tokenizer.decode(&request.tokens, false) }),
         }
     });
-    Ok(Json(response.await?))
+    let response = response.await?;
+    charge.settle().await?;
+    Ok(Json(response))
 }

@@ -2,7 +2,9 @@
 //! prefix cache but a session of their own, of which a piece is computed between any two steps of the engine.
 use ernie_engine::{LogProbs, Model, Result, Session};
 
+use crate::accounts::charge::Charge;
 use crate::worker::{Event, Events};
+use std::time::Instant;
 
 /// Tokens of a piece: it holds up those who are being answered, and its logits are kept, `[64, vocab]`.
 const PIECE: usize = 64;
@@ -38,15 +40,16 @@ pub(crate) struct Whole<'m> {
     goal: Goal,
     /// Made when the job's turn comes, so that those that wait take no memory.
     session: Option<Session<'m>>,
+    charge: Option<Charge>,
 }
 
 impl<'m> Whole<'m> {
-    pub fn score(prompt: Vec<u32>, top: usize, index: usize, events: Events) -> Self {
-        Whole { prompt, index, events, goal: Goal::Score { top, scores: vec![Score::default()] }, session: None }
+    pub fn score(prompt: Vec<u32>, top: usize, index: usize, events: Events, charge: Option<Charge>) -> Self {
+        Whole { prompt, index, events, goal: Goal::Score { top, scores: vec![Score::default()] }, session: None, charge }
     }
 
-    pub fn embed(prompt: Vec<u32>, index: usize, events: Events) -> Self {
-        Whole { prompt, index, events, goal: Goal::Embed { sum_h: Vec::new() }, session: None }
+    pub fn embed(prompt: Vec<u32>, index: usize, events: Events, charge: Option<Charge>) -> Self {
+        Whole { prompt, index, events, goal: Goal::Embed { sum_h: Vec::new() }, session: None, charge }
     }
 
     /// Whether nobody waits for it.
@@ -67,7 +70,13 @@ impl<'m> Whole<'m> {
 
     /// Computes the next piece; the outcome if it was the last.
     pub fn step(&mut self, model: &'m Model) -> Option<Event> {
-        match self.piece(model) {
+        if self.session.is_none() {
+            self.charge.iter().for_each(|charge| charge.prompt(self.prompt.len()));
+        }
+        let began = Instant::now();
+        let outcome = self.piece(model);
+        self.charge.iter().for_each(|charge| charge.spent(began.elapsed()));
+        match outcome {
             Ok(false) => None,
             Ok(true) => Some(match &mut self.goal {
                 Goal::Score { scores, .. } => Event::Scores(std::mem::take(scores)),

@@ -12,6 +12,7 @@ use ernie_checkpoint::{DecodeStream, Tokenizer};
 use ernie_engine::{Engine, EngineEvent, FinishReason, Model, Request, RequestId, SamplingParams, StopMatcher};
 use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
 
+use crate::accounts::charge::Charge;
 use crate::metrics::Metrics;
 use crate::whole::{Score, Whole};
 
@@ -81,6 +82,8 @@ pub struct Job {
     pub index: usize,
     /// Where they go.
     pub events: Events,
+    /// What pays for it.
+    pub charge: Option<Charge>,
 }
 
 /// A job in the queue.
@@ -232,6 +235,7 @@ struct Active<'a> {
     arrived: Instant,
     last_token: Option<Instant>,
     tokens: usize,
+    charge: Option<Charge>,
 }
 
 impl<'a> Running<'a> {
@@ -266,20 +270,21 @@ impl<'a> Running<'a> {
     }
 
     fn take(&mut self, queued: Queued) {
-        let Queued { job: Job { task, index, events }, arrived } = queued;
+        let Queued { job: Job { task, index, events, charge }, arrived } = queued;
         let request = match task {
             Task::Generate(request) => request,
-            Task::Score { prompt, top } => return self.whole.push_back(Whole::score(prompt, top, index, events)),
-            Task::Embed { prompt } => return self.whole.push_back(Whole::embed(prompt, index, events)),
+            Task::Score { prompt, top } => return self.whole.push_back(Whole::score(prompt, top, index, events, charge)),
+            Task::Embed { prompt } => return self.whole.push_back(Whole::embed(prompt, index, events, charge)),
         };
         let SamplingParams { stop, stop_ids, ignore_eos, .. } = request.params.clone();
         let prompt_tokens = request.prompt.len();
         match self.engine.submit(request) {
             Ok(id) => {
                 self.metrics.prompt_tokens(prompt_tokens);
+                charge.iter().for_each(|charge| charge.prompt(prompt_tokens));
                 let decoder = self.tokenizer.decode_stream(true);
                 let stops = StopMatcher::new(&stop);
-                let active = Active { index, events, decoder, stops, stop_ids, ignore_eos, arrived, last_token: None, tokens: 0 };
+                let active = Active { index, events, decoder, stops, stop_ids, ignore_eos, arrived, last_token: None, tokens: 0, charge };
                 self.active.insert(id, active);
             }
             // A reader that is gone needs no answer.
@@ -310,7 +315,12 @@ impl<'a> Running<'a> {
     /// One step of the engine, and what it brought to those who wait for it.
     fn step(&mut self) {
         let Running { engine, active, metrics, ended, model, .. } = self;
-        for event in engine.step() {
+        let began = Instant::now();
+        let events = engine.step();
+        // Shared equally: what is computed together reads the same weights, which is most of the time.
+        let share = began.elapsed() / u32::try_from(active.len()).unwrap_or(u32::MAX).max(1);
+        active.values().filter_map(|active| active.charge.as_ref()).for_each(|charge| charge.spent(share));
+        for event in events {
             match event {
                 EngineEvent::Token { id, token, logprob, top } => {
                     let Some(request) = active.get_mut(id) else { continue };
@@ -385,5 +395,6 @@ impl Active<'_> {
         metrics.token(self.arrived, self.last_token, now);
         self.last_token = Some(now);
         self.tokens += 1;
+        self.charge.iter().for_each(Charge::token);
     }
 }

@@ -1,4 +1,5 @@
 //! The built program, run as users run it.
+mod accounts;
 mod chat;
 mod eval;
 mod explain;

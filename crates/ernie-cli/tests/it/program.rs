@@ -29,7 +29,8 @@ pub fn ernie_with_input<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>,
 /// `ernie`, not yet started, without the caller's data folder.
 pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ernie"));
-    command.env_remove("ERNIE_DATA");
+    // Nor with what the caller has configured, nor in their accounts.
+    command.env_remove("ERNIE_DATA").env_remove("ERNIE_SERVE_DATABASE").env("XDG_DATA_HOME", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 

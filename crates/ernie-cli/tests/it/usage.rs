@@ -1,7 +1,8 @@
 //! Help, and command lines that are wrong.
 use crate::program::ernie;
 
-const COMMANDS: [&str; 10] = ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "explain", "serve", "train"];
+const COMMANDS: [&str; 12] =
+    ["chat", "generate", "logits", "inspect", "tokenize", "quantize", "bench", "explain", "serve", "keys", "usage", "train"];
 
 #[test]
 fn help_explains_every_command_with_examples() {
@@ -39,6 +40,14 @@ fn wrong_command_lines_exit_with_2_and_name_what_is_wrong() {
         (&["bench", "--batch", "0"], "--batch"),
         (&["serve", "--host", "0.0.0.0"], "0.0.0.0"),
         (&["serve", "--weights", "int9"], "int9"),
+        (&["serve", "--database", "mysql://x"], "sqlite:PATH"),
+        (&["keys"], "create"),
+        (&["keys", "create"], "NAME"),
+        (&["keys", "create", "a\nb"], "name"),
+        (&["keys", "create", "a", "--scopes", "fly"], "fly"),
+        (&["keys", "create", "a", "--expires", "soon"], "soon"),
+        (&["usage", "--by", "week"], "week"),
+        (&["usage", "--from", "2024-02-30"], "2024-02-30"),
         (&["serve", "--config", "nowhere.toml"], "nowhere.toml"),
         (&["bench", "--pp", "100000"], "--pp 100000"),
         (&["explain"], "TEXT"),

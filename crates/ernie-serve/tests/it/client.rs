@@ -58,7 +58,9 @@ impl Running {
 
     /// With another one.
     pub fn with(config: ServeConfig) -> Self {
-        let config = ServeConfig { port: 0, cache_mib: 64, ..config };
+        // Accounts of its own; those of a user are none of a test's business.
+        let database = config.database.clone().or_else(|| Some("sqlite::memory:".to_owned()));
+        let config = ServeConfig { port: 0, cache_mib: 64, database, ..config };
         let served = Self::served();
         let (shutdown, asked) = oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
@@ -97,11 +99,29 @@ impl Running {
     }
 
     pub fn get(&self, path: &str) -> Reply {
-        Self::reply(self.agent.get(url("http", self.address) + path).call())
+        self.ask("GET", path, None)
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Reply {
-        Self::reply(self.agent.post(url("http", self.address) + path).send_json(body))
+        self.ask("POST", path, Some(body))
+    }
+
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        self.as_key(None).ask(method, path, body)
+    }
+
+    /// As the owner of a key, or of none.
+    pub fn as_key(&self, key: Option<&str>) -> Client<'_> {
+        Client { server: self, headers: key.map(|key| ("authorization".to_owned(), format!("Bearer {key}"))).into_iter().collect() }
+    }
+
+    pub fn with_key(&self, key: &str) -> Client<'_> {
+        self.as_key(Some(key))
+    }
+
+    /// With a header.
+    pub fn header(&self, name: &str, value: &str) -> Client<'_> {
+        self.as_key(None).header(name, value)
     }
 
     /// A body as it is.
@@ -111,8 +131,7 @@ impl Running {
 
     /// A metric's value, by its whole name with labels.
     pub fn metric(&self, name: &str) -> f64 {
-        let page = self.get("/metrics").text;
-        page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0.0)
+        self.as_key(None).metric(name)
     }
 
     /// Begins the shutdown and does not wait for it.
@@ -123,6 +142,46 @@ impl Running {
     /// Whether the server has ended.
     pub fn has_ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+/// Requests with some headers.
+#[derive(Clone)]
+pub struct Client<'a> {
+    server: &'a Running,
+    headers: Vec<(String, String)>,
+}
+
+impl Client<'_> {
+    pub fn header(mut self, name: &str, value: &str) -> Self {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub fn get(&self, path: &str) -> Reply {
+        self.ask("GET", path, None)
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> Reply {
+        self.ask("POST", path, Some(body))
+    }
+
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        let mut request = ureq::http::Request::builder().method(method).uri(url("http", self.server.address) + path);
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
+        Running::reply(match body {
+            None => self.server.agent.run(request.body(()).unwrap()),
+            Some(body) => {
+                self.server.agent.run(request.header("content-type", "application/json").body(body.to_string().into_bytes()).unwrap())
+            }
+        })
+    }
+
+    pub fn metric(&self, name: &str) -> f64 {
+        let page = self.get("/metrics").text;
+        page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0.0)
     }
 }
 

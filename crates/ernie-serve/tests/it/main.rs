@@ -1,8 +1,11 @@
 //! The server on the embedded model's files, from its engine's thread to what an HTTP client sees.
+mod accounts;
 mod answers;
 mod client;
+mod databases;
 mod life;
 mod nano;
 mod refusals;
+mod store;
 mod tls;
 mod worker;

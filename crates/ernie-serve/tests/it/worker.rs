@@ -28,7 +28,7 @@ fn greedy(max_tokens: usize) -> SamplingParams {
 fn submit(worker: &Worker, params: SamplingParams, room: usize) -> mpsc::Receiver<(usize, Event)> {
     let (events, receiver) = mpsc::channel(room);
     let task = Task::Generate(Request { prompt: prompt(), params, logprobs: None });
-    worker.reserve(1).unwrap().send(Job { task, index: 7, events });
+    worker.reserve(1).unwrap().send(Job { task, index: 7, events, charge: None });
     receiver
 }
 
@@ -134,9 +134,9 @@ fn scores_are_the_models_and_embeddings_have_length_one() {
     let text: Vec<u32> = (0..150).map(|i| 10 + i * 37 % 8000).collect();
     let (events, mut receiver) = mpsc::channel(8);
     let mut places = worker.reserve(3).unwrap();
-    places.send(Job { task: Task::Score { prompt: text.clone(), top: 2 }, index: 0, events: events.clone() });
-    places.send(Job { task: Task::Embed { prompt: text.clone() }, index: 1, events: events.clone() });
-    places.send(Job { task: Task::Embed { prompt: text[..5].to_vec() }, index: 2, events });
+    places.send(Job { task: Task::Score { prompt: text.clone(), top: 2 }, index: 0, events: events.clone(), charge: None });
+    places.send(Job { task: Task::Embed { prompt: text.clone() }, index: 1, events: events.clone(), charge: None });
+    places.send(Job { task: Task::Embed { prompt: text[..5].to_vec() }, index: 2, events, charge: None });
     let model = nano::model();
     let logits = ernie_engine::Session::new(&model, 200).unwrap().logits_for(&text, text.len()).unwrap();
     let (mut embeddings, mut scored) = (Vec::new(), false);

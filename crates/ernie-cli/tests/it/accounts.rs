@@ -1,0 +1,162 @@
+//! `ernie keys`, `ernie usage`, and what a killed server leaves behind.
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use ernie_serve::ServeConfig;
+use ernie_serve::accounts::{store::Store, with_store};
+use serde_json::{Value, json};
+
+use crate::program::{Run, command, ernie};
+
+fn keys(database: &str, arguments: &[&str]) -> Run {
+    ernie([&["keys", "--database", database][..], arguments].concat())
+}
+
+/// A new key's id and the key.
+fn create(database: &str, arguments: &[&str]) -> (String, String) {
+    let made = keys(database, &[&["create", "--json"], arguments].concat()).json();
+    (made["id"].as_str().unwrap().to_owned(), made["key"].as_str().unwrap().to_owned())
+}
+
+fn database(folder: &Path) -> String {
+    format!("sqlite:{}", folder.join("deep/er/accounts.db").display())
+}
+
+#[test]
+fn keys_are_shown_once_listed_and_revoked() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = database(folder.path());
+    assert!(keys(&database, &["list"]).ok().contains("no keys"));
+    let shown = keys(&database, &["create", "team 甲", "--scopes", "chat,models", "--expires", "30d", "--tokens-per-month", "5000"]).ok();
+    let shown = shown.trim();
+    assert!(shown.starts_with("ernie_") && shown.len() == 6 + 16 + 1 + 64, "{shown}");
+    let (id, key) = create(&database, &["other", "--expires", "2020-01-01", "--money-per-month", "2.5", "--models", "nano"]);
+    let list = keys(&database, &["list"]).ok();
+    for part in ["team 甲", "chat,models", "5000 tokens/month", "until ", &id, "expired 2020-01-01", "2.5/month", "nano"] {
+        assert!(list.contains(part), "no {part} in {list}");
+    }
+    assert!(!list.contains(shown) && !list.contains(&key[key.len() - 64..]));
+    assert!(keys(&database, &["revoke", &id]).ok().contains("revoked"));
+    assert!(keys(&database, &["revoke", &id, "--json"]).json()["revoked"].is_u64(), "twice is as good as once");
+    keys(&database, &["revoke", "nobody"]).fails(1, &["nobody", "ernie keys list"]);
+    let json = keys(&database, &["list", "--json"]).json();
+    assert_eq!((json["data"].as_array().unwrap().len(), &json["data"][0]["scopes"]), (2, &json!(["chat", "models"])));
+    // Neither the file nor its log holds a secret.
+    let accounts = folder.path().join("deep/er");
+    for file in std::fs::read_dir(&accounts).unwrap() {
+        let bytes = std::fs::read(file.unwrap().path()).unwrap();
+        for secret in [&key[key.len() - 64..], &shown[shown.len() - 64..]] {
+            assert!(!bytes.windows(64).any(|window| window == secret.as_bytes()));
+        }
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = std::fs::metadata(accounts.join("accounts.db")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{mode:o}");
+    }
+    ernie(["usage", "--database", &database]).ok();
+    keys("sqlite:/proc/nowhere/accounts.db", &["list"]).fails(1, &["cannot open the database", "/proc/nowhere"]);
+}
+
+struct Serving {
+    child: Child,
+    address: String,
+}
+
+impl Serving {
+    fn start(database: &str) -> Self {
+        let arguments = ["serve", "--port", "0", "--cache-mib", "64", "--threads", "1", "--log-level", "error", "--database", database];
+        let mut child = command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.split("http://").nth(1).and_then(|rest| rest.split("/v1").next());
+        let address = address.unwrap_or_else(|| panic!("{line:?}")).to_owned();
+        assert!(line.contains("to those who have a key"), "{line}");
+        Serving { child, address }
+    }
+
+    /// The answer's body as far as it came.
+    fn complete(&self, key: &str, stream: bool) -> Option<String> {
+        let body = json!({
+            "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": true, "stream": stream,
+            "stream_options": if stream { json!({"include_usage": true}) } else { Value::Null }
+        })
+        .to_string();
+        let mut connection = TcpStream::connect(&self.address).ok()?;
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n";
+        write!(connection, "{head}authorization: Bearer {key}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).ok()?;
+        let mut answer = Vec::new();
+        // Cut off is as good as not at all; what came before may be whole.
+        let _ = connection.read_to_end(&mut answer);
+        Some(String::from_utf8_lossy(&answer).into_owned())
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // SIGKILL.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Every answer that a client has whole is in the books of a server that was killed while it answered others.
+#[test]
+fn what_was_answered_is_in_the_books_after_a_kill() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = database(folder.path());
+    let (_, key) = create(&database, &["clients"]);
+    let (requests, tokens) = (AtomicU64::new(0), AtomicU64::new(0));
+    const CLIENTS: u64 = 4;
+    let mut begun = 0;
+    for round in 0..3 {
+        let started = Instant::now();
+        let mut serving = Serving::start(&database);
+        assert!(round == 0 || started.elapsed() < Duration::from_secs(2), "started again in {:?}", started.elapsed());
+        let (serving_now, killed) = (&serving, AtomicU64::new(0));
+        let pid = serving_now.child.id();
+        std::thread::scope(|scope| {
+            for client in 0..CLIENTS {
+                let (key, requests, tokens, killed) = (&key, &requests, &tokens, &killed);
+                scope.spawn(move || {
+                    while killed.load(Ordering::SeqCst) == 0 {
+                        let Some(answer) = serving_now.complete(key, client % 2 == 0) else { return };
+                        let whole = answer.contains("HTTP/1.1 200") && (answer.contains("data: [DONE]") || answer.contains("\"usage\":{"));
+                        if whole {
+                            assert!(answer.contains("\"completion_tokens\":20"), "{answer}");
+                            requests.fetch_add(1, Ordering::SeqCst);
+                            tokens.fetch_add(20, Ordering::SeqCst);
+                        }
+                    }
+                });
+            }
+            let before = requests.load(Ordering::SeqCst);
+            while requests.load(Ordering::SeqCst) < before + 12 {
+                std::thread::sleep(Duration::from_millis(3));
+            }
+            let kill = std::process::Command::new("sh").args(["-c", &format!("kill -9 {pid}")]).status().unwrap();
+            assert!(kill.success());
+            killed.store(1, Ordering::SeqCst);
+        });
+        serving.child.wait().unwrap();
+        begun += CLIENTS;
+        let row = ernie(["usage", "--by", "key", "--json", "--database", &database]).json()["data"][0].clone();
+        let (booked, answered) = (row["requests"].as_u64().unwrap(), requests.load(Ordering::SeqCst));
+        // Those that were committed and not yet sent are in the books too: at most one of each client, each time.
+        assert!((answered..=answered + begun).contains(&booked), "{booked} in the books, {answered} answered");
+        assert!(row["completion_tokens"].as_u64().unwrap() >= tokens.load(Ordering::SeqCst));
+        assert_eq!(row["completion_tokens"].as_u64().unwrap(), booked * 20);
+        let config = ServeConfig { database: Some(database.clone()), ..ServeConfig::default() };
+        let state = with_store(&config, async |store| {
+            let Store::Sqlite(pool) = store else { panic!("a file was asked for") };
+            let (state,): (String,) = sqlx::query_as("PRAGMA integrity_check").fetch_one(pool).await?;
+            Ok(state)
+        });
+        assert_eq!(state.unwrap(), "ok");
+    }
+}

@@ -1,0 +1,174 @@
+//! Which database holds the accounts, and how it is opened.
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::SqlSafeStr;
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+
+use super::store::{Store, StoreError};
+
+/// How long a request waits for a connection, and a statement for another's lock, before the database counts as away.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Connections; more requests at once wait for one.
+const CONNECTIONS: u32 = 4;
+/// With SQLite two processes that start together may both find a migration missing; the later one looks again.
+const MIGRATION_TRIES: usize = 5;
+
+/// Where the accounts are kept.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Database {
+    /// A file.
+    File(PathBuf),
+    /// Nothing outlives the process.
+    Memory,
+    /// A server; the text is its URL.
+    Postgres(String),
+}
+
+impl Database {
+    /// What a configuration names; without one a file under the user's data directory.
+    ///
+    /// # Errors
+    /// Not one of the known forms; or nothing is named and the user has no home.
+    pub fn named(name: Option<&str>) -> Result<Self, StoreError> {
+        let refuse = |reason: &str| StoreError::Name { reason: reason.to_owned() };
+        let forms = "expected sqlite:PATH, sqlite::memory: or postgres://USER:PASSWORD@HOST/NAME";
+        let Some(name) = name else {
+            let path =
+                data_directory().ok_or_else(|| refuse("the user has no data directory (HOME is not set); name a file: sqlite:PATH"))?;
+            return Ok(Database::File(path.join("ernie").join("serve.db")));
+        };
+        if let Some(path) = name.strip_prefix("sqlite:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return match path {
+                "" => Err(refuse(&format!("{forms}; the path is empty"))),
+                ":memory:" => Ok(Database::Memory),
+                _ if path.contains('\0') => Err(refuse("the path has a zero byte")),
+                _ => Ok(Database::File(path.into())),
+            };
+        }
+        if name.starts_with("postgres://") || name.starts_with("postgresql://") {
+            // Not shown again: it may hold a password.
+            PgConnectOptions::from_str(name).map_err(|error| refuse(&format!("the URL of PostgreSQL cannot be read: {error}")))?;
+            return Ok(Database::Postgres(name.to_owned()));
+        }
+        Err(refuse(&format!("{forms}; got something else")))
+    }
+
+    /// Opens it, made or brought up to date where needed.
+    ///
+    /// # Errors
+    /// It cannot be opened, or its tables are not those of this version.
+    pub async fn open(&self) -> Result<Store, StoreError> {
+        let failed = |error: sqlx::Error| StoreError::Open { database: self.to_string(), error };
+        let store = match self {
+            Database::File(path) => {
+                prepare(path).map_err(|error| failed(error.into()))?;
+                let options = sqlite_options().filename(path).create_if_missing(true);
+                Store::Sqlite(
+                    SqlitePoolOptions::new()
+                        .max_connections(CONNECTIONS)
+                        .acquire_timeout(PATIENCE)
+                        .connect_with(options)
+                        .await
+                        .map_err(failed)?,
+                )
+            }
+            Database::Memory => {
+                // One connection that never ends: each has a memory of its own.
+                let pool = SqlitePoolOptions::new().max_connections(1).min_connections(1).idle_timeout(None).max_lifetime(None);
+                Store::Sqlite(pool.acquire_timeout(PATIENCE).connect_with(sqlite_options().in_memory(true)).await.map_err(failed)?)
+            }
+            Database::Postgres(url) => {
+                let options = PgConnectOptions::from_str(url).map_err(failed)?.application_name("ernie serve");
+                let pool = PgPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+                Store::Postgres(pool.connect_with(options).await.map_err(failed)?)
+            }
+        };
+        let migrated = |error| StoreError::Migrate { database: self.to_string(), error };
+        match &store {
+            Store::Sqlite(pool) => {
+                let migrator = migrations(include_str!("migrations/sqlite_1.sql"));
+                let mut tried = 0;
+                while let Err(error) = migrator.run(pool).await {
+                    tried += 1;
+                    if tried == MIGRATION_TRIES {
+                        return Err(migrated(error));
+                    }
+                    tokio::time::sleep(PATIENCE / 20).await;
+                }
+            }
+            // Here they wait for each other by a lock of the server's.
+            Store::Postgres(pool) => {
+                let migrator = migrations(include_str!("migrations/postgres_1.sql"));
+                migrator.run(pool).await.map_err(migrated)?;
+            }
+        }
+        Ok(store)
+    }
+}
+
+/// Without the password.
+impl fmt::Display for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Database::File(path) => write!(f, "sqlite:{}", path.display()),
+            Database::Memory => f.write_str("sqlite::memory:"),
+            Database::Postgres(url) => {
+                let server = url.split_once("://").map_or("", |(_, rest)| rest);
+                let server = server.split('?').next().unwrap_or_default();
+                write!(f, "postgres://{}", server.rsplit_once('@').map_or(server, |(_, server)| server))
+            }
+        }
+    }
+}
+
+fn sqlite_options() -> SqliteConnectOptions {
+    // A commit is in the file's log before it returns, which outlives the process; NORMAL leaves flushing to the system, so only a power failure can take the last ones.
+    SqliteConnectOptions::new().journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Normal).busy_timeout(PATIENCE)
+}
+
+/// Makes the folder and the file, for this user alone.
+fn prepare(path: &Path) -> std::io::Result<()> {
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent)?;
+    }
+    let mut options = std::fs::OpenOptions::new();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.create(true).append(true).open(path).map(drop)
+}
+
+/// `$XDG_DATA_HOME`, else `~/.local/share`.
+fn data_directory() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local").join("share")))
+}
+
+/// A released file is never changed: databases remember its checksum. A change is a further one.
+fn migrations(first: &'static str) -> Migrator {
+    Migrator::with_migrations(vec![Migration::new(1, "accounts".into(), MigrationType::Simple, first.into_sql_str(), false)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_databases() {
+        let named = |name| Database::named(Some(name));
+        assert_eq!(named("sqlite:a/b.db").unwrap(), Database::File("a/b.db".into()));
+        assert_eq!(named("sqlite:///a/b.db").unwrap(), Database::File("/a/b.db".into()));
+        assert_eq!(named("sqlite::memory:").unwrap(), Database::Memory);
+        let postgres = named("postgres://me:hidden@there:5433/accounts?sslmode=disable").unwrap();
+        assert_eq!(postgres.to_string(), "postgres://there:5433/accounts");
+        for wrong in ["", "accounts.db", "sqlite:", "mysql://there/x", "postgres://a b:c"] {
+            let error = named(wrong).unwrap_err().to_string();
+            assert!(error.contains("database"), "{wrong}: {error}");
+        }
+    }
+}
