@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use utoipa::ToSchema;
 
 use crate::api_error::ApiError;
+use crate::grammar::GrammarConstraint;
 use crate::metrics::StreamGuard;
 use crate::state::State;
 use crate::worker::{Event, Job, Places, Task, Token};
@@ -73,6 +74,8 @@ pub struct Wanted {
     pub params: SamplingParams,
     /// Alternatives reported for each token.
     pub logprobs: Option<usize>,
+    /// What each must look like.
+    pub constraint: Option<GrammarConstraint>,
 }
 
 impl Answers {
@@ -84,7 +87,11 @@ impl Answers {
         for (index, prompt) in prompts.into_iter().enumerate() {
             for number in 0..wanted.n {
                 let params = SamplingParams { seed: wanted.params.seed.wrapping_add(number as u64), ..wanted.params.clone() };
-                let task = Task::Generate(Request { prompt: prompt.clone(), params, logprobs: wanted.logprobs });
+                let request = Request { prompt: prompt.clone(), params, logprobs: wanted.logprobs };
+                let task = match &wanted.constraint {
+                    None => Task::Generate(request),
+                    Some(constraint) => Task::Constrained(request, Box::new(constraint.clone())),
+                };
                 places.send(Job { task, index: index * wanted.n + number, events: sender.clone() });
             }
         }

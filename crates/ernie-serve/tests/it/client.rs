@@ -58,12 +58,17 @@ impl Running {
 
     /// With another one.
     pub fn with(config: ServeConfig) -> Self {
+        Self::with_template(config, ChatTemplate::builtin())
+    }
+
+    /// With another template too.
+    pub fn with_template(config: ServeConfig, template: ChatTemplate) -> Self {
         let config = ServeConfig { port: 0, cache_mib: 64, ..config };
         let served = ServedModel {
             name: "nano".to_owned(),
             model: nano::model(),
             tokenizer: Tokenizer::from_dir(nano::folder()).unwrap(),
-            template: ChatTemplate::builtin(),
+            template,
         };
         let (shutdown, asked) = oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();

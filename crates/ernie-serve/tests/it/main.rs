@@ -4,4 +4,7 @@ mod client;
 mod life;
 mod nano;
 mod refusals;
+mod schemas;
+mod structured;
+mod tools;
 mod worker;
