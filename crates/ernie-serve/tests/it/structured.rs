@@ -209,7 +209,7 @@ fn what_cannot_be_obeyed_is_refused_with_its_field() {
         ("structured_outputs", json!({"structured_outputs": {}})),
         ("structured_outputs.regex", json!({"structured_outputs": {"regex": "a", "json": {}}})),
         ("structured_outputs.structural_tag", json!({"structured_outputs": {"structural_tag": {}}})),
-        ("structured_outputs.grammar", json!({"structured_outputs": {"grammar": "start: \"a\" start"}})),
+        ("structured_outputs.grammar", json!({"structured_outputs": {"grammar": "start: (\"a\""}})),
         ("ignore_eos", json!({"guided_choice": ["a"], "ignore_eos": true})),
     ];
     for (param, more) in cases {
