@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 const MAX_TOKEN_BYTES: usize = 500;
 /// Longer grammars are refused before they are parsed.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
+/// Longer regular expressions too: preparing one can take time by the square of its length.
+const MAX_REGEX_BYTES: usize = 8 << 10;
 /// Brackets within brackets: parsers of grammars call themselves for each.
 const MAX_NESTING: usize = 100;
 /// Between the parts of a JSON text, if the schema does not say: nothing, a space, or a line break with indentation. Without a bound a model that has
@@ -145,9 +147,9 @@ impl Grammars {
 
 impl Rule {
     fn grammar(&self) -> std::result::Result<GrammarWithLexer, String> {
-        let bounded = |source: &str| {
-            if source.len() > MAX_SOURCE_BYTES {
-                return Err(format!("expected at most {MAX_SOURCE_BYTES} bytes, got {}", source.len()));
+        let bounded = |source: &str, most: usize| {
+            if source.len() > most {
+                return Err(format!("expected at most {most} bytes, got {}", source.len()));
             }
             match nesting(source) {
                 depth if depth > MAX_NESTING => Err(format!("expected brackets at most {MAX_NESTING} deep, got {depth}")),
@@ -165,16 +167,17 @@ impl Rule {
                 }
                 Ok(GrammarWithLexer::from_json_schema(schema))
             }
-            Rule::Regex(regex) => bounded(regex).map(|()| GrammarWithLexer::from_regex(regex)),
+            Rule::Regex(regex) => bounded(regex, MAX_REGEX_BYTES).map(|()| GrammarWithLexer::from_regex(regex)),
             Rule::Choice(texts) => {
                 let quoted: Vec<String> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
-                let source = format!("start: {}", quoted.join(" | "));
+                // One terminal: an automaton that they share.
+                let source = format!("start: CHOICE\nCHOICE: {}", quoted.join(" | "));
                 match source.len() > MAX_SOURCE_BYTES {
                     true => Err(format!("expected at most {MAX_SOURCE_BYTES} bytes, got {}", source.len())),
                     false => Ok(GrammarWithLexer::from_lark(source)),
                 }
             }
-            Rule::Lark(source) => bounded(source).map(|()| GrammarWithLexer::from_lark(source.clone())),
+            Rule::Lark(source) => bounded(source, MAX_SOURCE_BYTES).map(|()| GrammarWithLexer::from_lark(source.clone())),
         }
     }
 }

@@ -39,7 +39,7 @@ const structured = await client.chat.completions.create({ ...base, max_tokens: 2
 const animal = JSON.parse(structured.choices[0].message.content);
 check("json_schema", typeof animal.name === "string" && Number.isInteger(animal.legs) && animal.legs <= 8, animal);
 const tools = [{ type: "function", function: { name: "describe", parameters: schema } }];
-const options = { ...base, max_tokens: 200, temperature: 1, tools, tool_choice: "required", parallel_tool_calls: false };
+const options = { ...base, max_tokens: 150, temperature: 1, tools, tool_choice: "required", parallel_tool_calls: false };
 const called = await client.chat.completions.create(options);
 const [call] = called.choices[0].message.tool_calls;
 check("tool call", called.choices[0].finish_reason === "tool_calls" && JSON.parse(call.function.arguments).legs <= 8, called);

@@ -228,6 +228,55 @@ fn what_cannot_be_obeyed_is_refused_with_its_field() {
 }
 
 #[test]
+fn hostile_forms_do_no_harm() {
+    let server = Running::start();
+    let chain = |end: &str| format!("start: r0\n{}r8000: {end}\n", (0..8000).map(|i| format!("r{i}: r{}\n", i + 1)).collect::<String>());
+    let nested = |depth: usize| (0..depth).fold(json!({"type": "boolean"}), |inner, _| json!({"type": "array", "items": inner}));
+    let optional: String = (0..4000).map(|i| format!("(a{i})?")).collect();
+    let properties: serde_json::Map<String, Value> = (0..3000).map(|i| (format!("property{i}"), json!({"type": "string"}))).collect();
+    let cases = [
+        json!({"guided_choice": ["x".repeat(200_000)]}),
+        json!({"guided_choice": (0..10_000).map(|i| format!("choice number {i}")).collect::<Vec<_>>()}),
+        json!({"guided_regex": "y".repeat(200_000)}),
+        json!({"guided_regex": "a|".repeat(50_000) + "b"}),
+        json!({"guided_regex": "a?".repeat(20_000)}),
+        json!({ "guided_regex": optional }),
+        json!({"guided_regex": "(((a{1,1000}){1,1000}){1,1000}){1,1000}"}),
+        json!({"guided_regex": "(.{1,60},){1,60}([a-z]|[a-f]+x){1,99}end"}),
+        json!({"guided_regex": "(?:(?:a|b|c|d)*a(?:a|b|c|d){30})"}),
+        json!({"guided_regex": format!("{}a{}", "(".repeat(99), ")*".repeat(99))}),
+        json!({"guided_grammar": chain("\"a\"")}),
+        json!({"guided_grammar": chain("r0")}),
+        json!({"guided_grammar": "start: a\na: a a | \"x\" | \"\""}),
+        json!({"guided_grammar": format!("start: {}", "(\"a\" | ".repeat(99) + "\"b\"" + &")".repeat(99))}),
+        json!({"guided_grammar": format!("start: {}", "\"a\" ".repeat(50_000))}),
+        json!({"guided_grammar": format!("start: A\nA: {}", "\"a\" ".repeat(50_000))}),
+        json!({"guided_grammar": format!("start: {}\"a\"", "!".repeat(5000))}),
+        json!({"guided_grammar": format!("start: A\nA: {}/a/", "~".repeat(50_000))}),
+        json!({"guided_grammar": format!("start: \"a\"{}", "?".repeat(50_000))}),
+        json!({"guided_json": nested(50)}),
+        json!({"guided_json": {"type": "object", "properties": properties}}),
+        json!({"guided_json": {"type": "string", "minLength": 100_000, "maxLength": 1_000_000}}),
+        json!({"guided_json": {"type": "array", "items": {"type": "integer"}, "minItems": 100_000}}),
+        json!({"guided_json": {"const": "z".repeat(200_000)}}),
+        json!({"guided_json": {"$ref": "#"}}),
+        json!({"guided_json": {"allOf": [{"$ref": "#"}]}}),
+        json!({"guided_json": {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}}),
+        json!({"guided_json": {"type": "string", "pattern": "(a*)*(b|a*)*$"}}),
+    ];
+    for more in cases {
+        let mut body = completion(more);
+        body["max_tokens"] = json!(3);
+        let (began, shown) = (Instant::now(), body.to_string().chars().take(120).collect::<String>());
+        let status = server.post("/v1/completions", &body).status;
+        println!("{status} {:7.1} ms {shown}", began.elapsed().as_secs_f64() * 1e3);
+        assert!([200, 400].contains(&status), "{shown}: {status}");
+        assert!(began.elapsed() < Duration::from_secs(20), "{shown}: {:?}", began.elapsed());
+    }
+    assert_eq!(texts(&server.post("/v1/completions", &completion(json!({"guided_choice": ["on"]}))))[0].0, "on");
+}
+
+#[test]
 fn the_bytes_of_every_token_are_what_decoding_gives() {
     let tokenizer = nano::tokenizer();
     let anchor = tokenizer.encode("a", false).unwrap();

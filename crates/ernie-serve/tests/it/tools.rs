@@ -23,6 +23,12 @@ fn tools() -> Value {
     ])
 }
 
+/// With a template that tells of the functions in few words: the embedded model's context is short.
+fn start(config: ServeConfig) -> Running {
+    let source = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+    Running::with_template(config, ChatTemplate::from_source(source).unwrap())
+}
+
 fn ask(more: Value) -> Value {
     let question = json!([{"role": "user", "content": "What is the weather?"}]);
     let mut body = json!({"messages": question, "tools": tools(), "temperature": 1, "max_tokens": 120});
@@ -79,7 +85,7 @@ fn check(call: &Value) -> String {
 
 #[test]
 fn calls_that_must_come_do_and_their_arguments_obey() {
-    let server = Running::start();
+    let server = start(ServeConfig::default());
     let (mut names, mut ids) = (HashSet::new(), HashSet::new());
     let named = |name: &str| json!({"type": "function", "function": {"name": name}});
     let mut bodies = Vec::new();
@@ -122,7 +128,7 @@ fn calls_that_must_come_do_and_their_arguments_obey() {
 
 #[test]
 fn several_calls_each_have_their_place() {
-    let server = Running::start();
+    let server = start(ServeConfig::default());
     let mut most = 0;
     for seed in 0..4 {
         let paint = json!({"type": "function", "function": {"name": "paint"}});
@@ -139,7 +145,7 @@ fn several_calls_each_have_their_place() {
 
 #[test]
 fn calls_and_thoughts_are_read_from_the_text() {
-    let server = Running::with(ServeConfig { reasoning_parser: ReasoningParser::Ernie, ..ServeConfig::default() });
+    let server = start(ServeConfig { reasoning_parser: ReasoningParser::Ernie, ..ServeConfig::default() });
     let call = "<tool_call>\n{\"name\": \"paint\", \"arguments\": {\"colour\": \"red\"}}\n</tool_call>";
     let cases = [
         (
@@ -189,7 +195,7 @@ fn calls_and_thoughts_are_read_from_the_text() {
         assert_eq!(tokens, reply["choices"][0]["logprobs"]["content"].as_array().unwrap().len(), "each token is reported once");
     }
     // Off by default, and without tools nothing is a call.
-    let plain = Running::start();
+    let plain = start(ServeConfig::default());
     let text = format!("<think>\nHm.\n</think>\n\n{call}");
     let body = json!({"messages": [{"role": "user", "content": "x"}], "guided_choice": [text]});
     let reply = plain.post("/v1/chat/completions", &body).json();
@@ -221,7 +227,7 @@ fn a_conversation_with_calls_is_rendered() {
         <tool_call>\n{\"name\":\"now\",\"arguments\":{}}\n</tool_call><|end_of_sentence|>User: <tool_response>\ndone\n</tool_response>\n\
         <tool_response>\nnoon\n</tool_response>\nUser: Thanks.\nAssistant: ";
     assert!(prompt(&server, &messages).ends_with(expected), "{}", prompt(&server, &messages));
-    let body = json!({"messages": messages, "tools": tools(), "max_tokens": 3});
+    let body = json!({"messages": messages, "tools": [tools()[2]], "max_tokens": 3});
     let with_tools = server.post("/v1/chat/completions", &body).json()["usage"]["prompt_tokens"].as_u64().unwrap();
     let without =
         server.post("/v1/chat/completions", &json!({"messages": messages, "max_tokens": 3})).json()["usage"]["prompt_tokens"].clone();
