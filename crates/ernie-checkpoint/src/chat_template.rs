@@ -108,18 +108,20 @@ pub enum ChatTemplateError {
 }
 
 /// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     /// `system`, `user`, `assistant`, or what the template knows besides.
     pub role: String,
     /// The text of the turn.
     pub content: String,
+    /// What else the template may read of it, by name: `tool_calls`, `tool_call_id`, `reasoning_content`.
+    pub fields: Vec<(String, Json)>,
 }
 
 impl Message {
     /// A turn of any role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        Self { role: role.into(), content: content.into(), fields: Vec::new() }
     }
 }
 
@@ -200,6 +202,11 @@ impl ChatTemplate {
         Ok(Self { environment, origin, special })
     }
 
+    /// Whether the template looks at a variable: `tools`, say.
+    pub fn uses(&self, variable: &str) -> bool {
+        self.environment.get_template(TEMPLATE_NAME).is_ok_and(|template| template.undeclared_variables(false).contains(variable))
+    }
+
     /// The prompt text of a conversation. With `add_generation_prompt` it ends where the assistant is to go on.
     ///
     /// Defined in the template: `messages`, `add_generation_prompt`, `tools` (none), `enable_thinking` if set, the declared
@@ -210,8 +217,11 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         options: &ChatTemplateOptions,
     ) -> Result<String, ChatTemplateError> {
-        let message =
-            |message: &Message| Value::from_pairs([("role", Value::from(&*message.role)), ("content", Value::from(&*message.content))]);
+        let message = |message: &Message| {
+            let text = [("role".to_owned(), Value::from(&*message.role)), ("content".to_owned(), Value::from(&*message.content))];
+            let fields = message.fields.iter().map(|(name, value)| (name.clone(), from_json(value)));
+            Value::from_pairs(text.into_iter().chain(fields))
+        };
         let mut context = vec![
             ("messages".to_owned(), messages.iter().map(message).collect::<Vec<_>>().into()),
             ("add_generation_prompt".to_owned(), add_generation_prompt.into()),

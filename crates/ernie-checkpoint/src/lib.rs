@@ -44,4 +44,4 @@ pub use save::{SaveDtype, SaveOptions, save};
 pub use sentencepiece::SentencePieceError;
 pub use specs::{TensorGroup, TensorRole, TensorSpec};
 pub use tensor::{Dtype, Int4, Tensor};
-pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer, TokenizerError};
+pub use tokenizer::{DecodeStream, SpecialTokens, TokenBytes, Tokenizer, TokenizerError};

@@ -104,6 +104,10 @@ struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     draft_tokens: Option<u32>,
+    /// What is taken out of a model's turn as its thoughts: none, ernie (<think>…</think>) [default: none]
+    #[arg(long, value_name = "FORM")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_parser: Option<String>,
     /// Most answers that wait; beyond, requests get 429 [default: 128]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -9,6 +9,7 @@ use ernie_kernels::logits as kernels;
 use ernie_kernels::paged::BLOCK;
 
 use crate::cache::CacheLayout;
+use crate::constraint::{Constraint, TokenSet};
 use crate::drafts::{DraftOptions, Drafter};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
@@ -107,6 +108,13 @@ pub enum Event {
         /// Its value.
         value: f32,
     },
+    /// A request came to an end because its constraint cannot say how the text may go on.
+    Stuck {
+        /// Which.
+        id: RequestId,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// Counts of the guesses since the beginning.
@@ -133,6 +141,9 @@ pub struct Engine {
     /// Rows of a step, and the tokens that followed them, for the prediction block.
     rows: Vec<u32>,
     next: Vec<u32>,
+    /// What a constraint allows, and the logits that it leaves.
+    allowed: TokenSet,
+    masked: Vec<f32>,
     next_id: u64,
     draft_stats: DraftStats,
 }
@@ -179,6 +190,7 @@ struct Active {
     output_tokens: usize,
     params: SamplingParams,
     logprobs: Option<usize>,
+    constraint: Option<Box<dyn Constraint>>,
     sampler: Sampler,
     drafter: Drafter,
     paragraphs: Ends,
@@ -235,6 +247,8 @@ impl Engine {
             accepted: Vec::with_capacity(options.draft_batch.min(1 << 16)),
             rows: Vec::new(),
             next: Vec::new(),
+            allowed: TokenSet::default(),
+            masked: Vec::new(),
             next_id: 0,
             draft_stats: DraftStats::default(),
         })
@@ -265,6 +279,19 @@ impl Engine {
     /// # Errors
     /// A parameter out of range, an empty prompt, one with unknown tokens or longer than the context.
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        self.submit_with(request, None)
+    }
+
+    /// A new request at the end of the queue whose answer obeys a constraint: other tokens are taken out before the sampler sees the logits, so that
+    /// it draws from what is left of the model's distribution. Log-probabilities stay the model's own. The answer ends when nothing more may follow.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`].
+    pub fn submit_constrained(&mut self, request: Request, constraint: Box<dyn Constraint>) -> Result<RequestId> {
+        self.submit_with(request, Some(constraint))
+    }
+
+    fn submit_with(&mut self, request: Request, constraint: Option<Box<dyn Constraint>>) -> Result<RequestId> {
         let mut sampler = Sampler::new(&request.params)?;
         self.model.check_ids(&request.prompt)?;
         let vocab = self.model.config().vocab_size;
@@ -284,6 +311,7 @@ impl Engine {
             output_tokens: 0,
             params: request.params,
             logprobs: request.logprobs,
+            constraint,
             sampler,
             drafter,
             paragraphs: Ends::with_capacity(longest),
@@ -433,10 +461,16 @@ impl Engine {
         let mut finish = None;
         for sample in 0..samples {
             let logits = &self.runner.work.logits[(row + sample) * vocab..][..vocab];
-            let token = match request.sampler.sample(logits) {
+            let chosen = choose_one(request, logits, &mut self.allowed, &mut self.masked);
+            let token = match chosen {
                 Ok(token) => token,
                 Err(Error::BadLogit { id: token, value }) => {
                     self.events.push(Event::Failed { id, token, value });
+                    self.cancel(id);
+                    return;
+                }
+                Err(Error::Constraint { reason }) => {
+                    self.events.push(Event::Stuck { id, reason });
                     self.cancel(id);
                     return;
                 }
@@ -453,7 +487,8 @@ impl Engine {
             self.accepted.push(token);
             request.output_tokens += 1;
             let ends = request.params.stop_ids.contains(&token)
-                || (!request.params.ignore_eos && self.model.config().eos_token_id.contains(&token));
+                || (!request.params.ignore_eos && self.model.config().eos_token_id.contains(&token))
+                || request.constraint.as_ref().is_some_and(|constraint| constraint.is_complete());
             if ends {
                 finish = Some(FinishReason::Stop);
                 break;
@@ -483,4 +518,20 @@ impl Engine {
             self.events.push(Event::Finished { id, reason, prompt_tokens, output_tokens });
         }
     }
+}
+
+/// The next token of a request: one that its constraint allows, if it has one.
+fn choose_one(request: &mut Active, logits: &[f32], allowed: &mut TokenSet, masked: &mut Vec<f32>) -> Result<u32> {
+    let Some(constraint) = &mut request.constraint else { return request.sampler.sample(logits) };
+    let stuck = |reason| Error::Constraint { reason };
+    allowed.clear();
+    constraint.allow(allowed).map_err(stuck)?;
+    allowed.mask(logits, masked);
+    // Numbers that are damaged are the model's fault even where they are masked.
+    let token = match kernels::largest(masked).0 == f32::NEG_INFINITY && !kernels::largest(logits).1 {
+        true => return Err(stuck("no token may follow".to_owned())),
+        false => request.sampler.sample(masked)?,
+    };
+    constraint.accept(token).map_err(stuck)?;
+    Ok(token)
 }

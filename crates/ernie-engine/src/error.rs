@@ -57,6 +57,12 @@ pub enum Error {
         /// What can be done instead.
         instead: &'static str,
     },
+    /// A request's [`Constraint`](crate::Constraint) cannot say how the text may go on.
+    #[error("the constraint on the answer failed: {reason}")]
+    Constraint {
+        /// Why.
+        reason: String,
+    },
     /// The weights do not fit in memory.
     #[error("no memory for weights of {bytes} bytes; use a smaller or quantised model (`ernie quantize`)")]
     NoMemoryForWeights {

@@ -15,6 +15,7 @@
 //! No async and no tensors with gradients: the maths is [`ernie_kernels`] on slices. One token's values never depend on what is computed
 //! beside it, so prompts may be cut into chunks and prefixes kept without changing a bit of the output.
 mod cache;
+mod constraint;
 mod cost;
 mod drafts;
 mod engine;
@@ -34,6 +35,7 @@ mod session;
 mod stop;
 mod weights;
 
+pub use constraint::{Constraint, TokenSet};
 pub use cost::Cost;
 pub use drafts::DraftOptions;
 pub use engine::{DraftStats, Engine, EngineOptions, Event as EngineEvent, Request, RequestId};

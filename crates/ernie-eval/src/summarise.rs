@@ -134,6 +134,7 @@ pub fn summarise(
                     }
                 }
                 EngineEvent::Failed { token, value, .. } => return Err(ernie_engine::Error::BadLogit { id: token, value }.into()),
+                EngineEvent::Stuck { ref reason, .. } => return Err(ernie_engine::Error::Constraint { reason: reason.clone() }.into()),
             }
         }
         if progress(finished).is_break() {

@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 
 use crate::accounts::charge::Charge;
 use crate::api_error::ApiError;
+use crate::grammar::GrammarConstraint;
 use crate::metrics::StreamGuard;
 use crate::state::State;
 use crate::worker::{Event, Job, Places, Task, Token};
@@ -75,6 +76,8 @@ pub struct Wanted {
     pub params: SamplingParams,
     /// Alternatives reported for each token.
     pub logprobs: Option<usize>,
+    /// What each must look like.
+    pub constraint: Option<GrammarConstraint>,
 }
 
 impl Answers {
@@ -86,7 +89,11 @@ impl Answers {
         for (index, prompt) in prompts.into_iter().enumerate() {
             for number in 0..wanted.n {
                 let params = SamplingParams { seed: wanted.params.seed.wrapping_add(number as u64), ..wanted.params.clone() };
-                let task = Task::Generate(Request { prompt: prompt.clone(), params, logprobs: wanted.logprobs });
+                let request = Request { prompt: prompt.clone(), params, logprobs: wanted.logprobs };
+                let task = match &wanted.constraint {
+                    None => Task::Generate(request),
+                    Some(constraint) => Task::Constrained(request, Box::new(constraint.clone())),
+                };
                 let charge = Some(if number == 0 { charge.clone() } else { charge.answers_only() });
                 places.send(Job { task, index: index * wanted.n + number, events: sender.clone(), charge });
             }

@@ -157,6 +157,7 @@ impl ApiError {
             Error::Parameter { field, .. } => Self::field(*field, error.to_string()),
             Error::ContextLength { needed, limit } => Self::too_long(param, *needed, *limit),
             Error::EmptyPrompt | Error::UnknownToken { .. } => Self::field(param, error.to_string()),
+            Error::Constraint { .. } => Self::request(StatusCode::BAD_REQUEST, Some("constraint_failed"), error.to_string()),
             Error::OutOfMemory { .. } => Self::unavailable(error.to_string()),
             _ => Self::internal(error.to_string()),
         }

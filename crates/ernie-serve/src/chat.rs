@@ -3,10 +3,11 @@ use axum::body::Bytes;
 use axum::extract::State as Extract;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use ernie_checkpoint::{ChatTemplateOptions, Message, Tokenizer, encode_conversation, end_of_turn_ids};
+use ernie_checkpoint::{ChatTemplate, ChatTemplateOptions, Message, Tokenizer, encode_conversation, end_of_turn_ids};
 use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use utoipa::ToSchema;
 
@@ -15,11 +16,16 @@ use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
 use crate::completions::finite;
+use crate::config::ReasoningParser;
+use crate::grammar::Form;
 use crate::prompt;
 use crate::request_id::RequestId;
 use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
 use crate::state::{Shared, State, unix_seconds};
+use crate::structured::Structured;
 use crate::token_text::token_bytes;
+use crate::tools::{self, Called, ToolCall, Toolbox, Tools, past_calls};
+use crate::turn::{Piece, Reading, TurnReader};
 use crate::worker::Token;
 
 /// The conversation, and what is to be reported.
@@ -37,18 +43,6 @@ pub struct Chat {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
-    /// Only text is supported.
-    #[serde(default)]
-    #[schema(value_type = Option<Object>)]
-    pub response_format: Option<Value>,
-    /// Not supported.
-    #[serde(default)]
-    #[schema(value_type = Option<Vec<Object>>)]
-    pub tools: Option<Vec<Value>>,
-    /// Not supported.
-    #[serde(default)]
-    #[schema(value_type = Option<Vec<Object>>)]
-    pub functions: Option<Vec<Value>>,
 }
 
 /// The body of a request.
@@ -60,16 +54,31 @@ pub struct ChatRequest {
     /// How it is continued.
     #[serde(flatten)]
     pub sampling: Sampling,
+    /// In what form.
+    #[serde(flatten)]
+    pub structured: Structured,
+    /// What may be called.
+    #[serde(flatten)]
+    pub tools: Tools,
 }
 
 /// A turn.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct ChatMessage {
-    /// `system` (or `developer`), `user`, `assistant`, or what the template knows besides.
+    /// `system` (or `developer`), `user`, `assistant`, `tool`, or what the template knows besides.
     pub role: String,
     /// Its text.
     #[serde(default)]
     pub content: Option<Content>,
+    /// Of the assistant: what it called.
+    #[serde(default)]
+    pub tool_calls: Option<Vec<ToolCall>>,
+    /// Of a tool: the call whose result this is.
+    #[serde(default)]
+    pub tool_call_id: Option<String>,
+    /// Of the assistant: its thoughts, for templates that read them.
+    #[serde(default)]
+    pub reasoning_content: Option<String>,
 }
 
 /// A text, whole or in parts.
@@ -124,7 +133,7 @@ pub struct ChatChoice {
     pub delta: Option<Turn>,
     /// If they were asked for.
     pub logprobs: Option<ChatLogprobs>,
-    /// `stop` or `length`; null while it goes on.
+    /// `stop`, `length` or `tool_calls`; null while it goes on.
     pub finish_reason: Option<&'static str>,
 }
 
@@ -134,9 +143,16 @@ pub struct Turn {
     /// `assistant`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
-    /// Its text.
+    /// Its text; null in a turn that only calls.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub content: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub content: Option<Option<String>>,
+    /// Its thoughts, if the server was told to look for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// What it calls.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<ToolCall>>,
 }
 
 /// The tokens of an answer.
@@ -199,7 +215,13 @@ pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
         };
         // OpenAI's newer name for the same.
         let role = if turn.role == "developer" { "system".to_owned() } else { turn.role };
-        Ok(Message { role, content })
+        let mut message = Message::new(role, content);
+        if let Some(calls) = turn.tool_calls.filter(|calls| !calls.is_empty()) {
+            message.fields.push(("tool_calls".to_owned(), past_calls(calls, &format!("messages[{index}]"))?));
+        }
+        message.fields.extend(turn.tool_call_id.map(|id| ("tool_call_id".to_owned(), Value::String(id))));
+        message.fields.extend(turn.reasoning_content.map(|text| ("reasoning_content".to_owned(), Value::String(text))));
+        Ok(message)
     };
     if turns.is_empty() {
         return Err(ApiError::field("messages", "`messages`: expected at least one message"));
@@ -217,27 +239,40 @@ pub fn encode(
     add_generation_prompt: bool,
     variables: Option<Map<String, Value>>,
 ) -> Result<Vec<u32>, ApiError> {
-    let messages = messages(turns)?;
-    let variables = variables.unwrap_or_default().into_iter().collect();
-    let options = ChatTemplateOptions { variables, ..ChatTemplateOptions::default() };
-    let ids = encode_conversation(&state.tokenizer, &state.template, &messages, add_generation_prompt, &options);
+    let messages = tools::write_out(&state.template, None, messages(turns)?);
+    encode_messages(state, &messages, add_generation_prompt, &template_options(variables, None))
+}
+
+fn encode_messages(
+    state: &State,
+    messages: &[Message],
+    add_generation_prompt: bool,
+    options: &ChatTemplateOptions,
+) -> Result<Vec<u32>, ApiError> {
+    let ids = encode_conversation(&state.tokenizer, &state.template, messages, add_generation_prompt, options);
     let ids = ids.map_err(|error| ApiError::field("messages", error.to_string()))?;
     prompt::check(state, &ids, "messages")?;
     Ok(ids)
 }
 
-fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted), ApiError> {
-    let ChatRequest { chat, sampling } = request;
+fn template_options(variables: Option<Map<String, Value>>, toolbox: Option<&Toolbox>) -> ChatTemplateOptions {
+    let tools = toolbox.map(|toolbox| ("tools".to_owned(), toolbox.for_template()));
+    ChatTemplateOptions { variables: variables.unwrap_or_default().into_iter().chain(tools).collect(), ..ChatTemplateOptions::default() }
+}
+
+/// Whether the prompt has the assistant's thoughts begun and not ended. Only what the template adds for the assistant counts, not what others said.
+fn has_begun_to_think(template: &ChatTemplate, messages: &[Message], options: &ChatTemplateOptions) -> Result<bool, ApiError> {
+    let render = |add: bool| template.render(messages, add, options).map_err(|error| ApiError::field("messages", error.to_string()));
+    let (whole, before) = (render(true)?, render(false)?);
+    let added = whole.strip_prefix(before.as_str()).unwrap_or(&whole);
+    Ok(added.rfind("<think>") > added.rfind("</think>"))
+}
+
+fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted, Reading), ApiError> {
+    let ChatRequest { chat, sampling, structured, tools } = request;
     state.check_model(sampling.model.as_deref())?;
     let n = sampling.n()?;
-    for (name, given) in [("tools", &chat.tools), ("functions", &chat.functions)] {
-        if given.as_ref().is_some_and(|given| !given.is_empty()) {
-            return Err(ApiError::unsupported(name, "is not supported"));
-        }
-    }
-    if let Some(format) = chat.response_format.filter(|format| format["type"] != "text") {
-        return Err(ApiError::unsupported("response_format", &format!("expected {{\"type\": \"text\"}}, got {format}")));
-    }
+    let toolbox = tools.check()?;
     let logprobs = match (chat.logprobs.unwrap_or(false), chat.top_logprobs) {
         (_, Some(top)) if top > MAX_TOP_LOGPROBS => {
             return Err(ApiError::field("top_logprobs", format!("`top_logprobs`: expected at most {MAX_TOP_LOGPROBS}, got {top}")));
@@ -245,11 +280,23 @@ fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted), Ap
         (false, Some(1..)) => return Err(ApiError::field("top_logprobs", "`top_logprobs` needs `logprobs` to be true")),
         (wanted, top) => wanted.then_some(top.unwrap_or(0) as usize),
     };
-    let ids = encode(state, chat.messages, true, chat.chat_template_kwargs)?;
+    let options = template_options(chat.chat_template_kwargs, toolbox.as_ref());
+    let messages = tools::write_out(&state.template, toolbox.as_ref(), messages(chat.messages)?);
+    let ids = encode_messages(state, &messages, true, &options)?;
+    let thoughts = match state.config.reasoning_parser {
+        ReasoningParser::None => None,
+        ReasoningParser::Ernie => Some(has_begun_to_think(&state.template, &messages, &options)?),
+    };
     let most = room(state, &ids, "messages", sampling.max_tokens(), usize::MAX)?;
     let mut params = sampling.params(state.random(), most)?;
     params.stop_ids.extend(end_of_turn_ids(&state.tokenizer));
-    Ok((ids, Wanted { n, params, logprobs }))
+    params.stop.extend(toolbox.as_ref().and_then(Toolbox::stop));
+    // Where there must be calls there is no text that could have a form.
+    let asked = structured.rule()?.filter(|_| !toolbox.as_ref().is_some_and(Toolbox::must));
+    let calls = toolbox.as_ref().and_then(|toolbox| toolbox.calls(asked.is_some()));
+    let constraint = state.constraint(Form { rule: None, calls, thinks: thoughts == Some(true) }, asked, &params)?;
+    let reading = Reading { thoughts, functions: toolbox.map(|toolbox| toolbox.names()) };
+    Ok((ids, Wanted { n, params, logprobs, constraint }, reading))
 }
 
 /// Answer a conversation
@@ -264,9 +311,9 @@ pub async fn chat_completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let request = ChatRequest { chat: body.parse()?, sampling: body.parse()? };
+    let request = ChatRequest { chat: body.parse()?, sampling: body.parse()?, structured: body.parse()?, tools: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
-    let (ids, wanted) = state.compute(|state| prepare(state, request)).await?;
+    let (ids, wanted, reading) = state.compute(|state| prepare(state, request)).await?;
     let permit = if streams { Some(state.stream()?) } else { None };
     let mut places = state.reserve(wanted.n)?;
     let most = wanted.n.saturating_mul(wanted.params.max_tokens);
@@ -283,6 +330,8 @@ pub async fn chat_completions(
         tokenizer: Arc::clone(&state.tokenizer),
         logprobs: wanted.logprobs.is_some(),
         usage_wanted,
+        readers: vec![TurnReader::new(&reading); wanted.n],
+        names: state.random.clone(),
     };
     let answers = Answers::start(&state, &mut places, vec![ids], &wanted, charge);
     match permit {
@@ -297,18 +346,49 @@ struct ChatShape {
     tokenizer: Arc<Tokenizer>,
     logprobs: bool,
     usage_wanted: bool,
+    /// Of each answer.
+    readers: Vec<TurnReader>,
+    /// Where names of calls come from.
+    names: RandomState,
 }
 
 impl ChatShape {
     fn whole(mut self, (answers, usage): (Vec<crate::answer::Answer>, Usage)) -> ChatResponse {
         for (index, answer) in answers.into_iter().enumerate() {
             let logprobs = self.report(&answer.tokens);
-            let message = Some(Turn { role: Some("assistant"), content: Some(answer.text) });
-            let finish_reason = answer.reason.map(finish_reason);
+            let mut pieces = self.readers[index].push(&answer.text);
+            pieces.extend(self.readers[index].finish());
+            let (mut content, mut reasoning, mut calls) = (String::new(), None::<String>, Vec::<ToolCall>::new());
+            for piece in pieces {
+                match piece {
+                    Piece::Content(text) => content.push_str(&text),
+                    Piece::Reasoning(text) => reasoning.get_or_insert_default().push_str(&text),
+                    Piece::Call { index: number, name } => calls.push(ToolCall { index: None, ..self.call(index, number, name) }),
+                    Piece::Arguments { index, text } => calls[index].function.arguments.push_str(&text),
+                }
+            }
+            let content = Some(Some(content).filter(|content| !content.is_empty() || calls.is_empty()));
+            let tool_calls = Some(calls).filter(|calls| !calls.is_empty());
+            let message = Some(Turn { role: Some("assistant"), content, reasoning_content: reasoning, tool_calls });
+            let finish_reason = answer.reason.map(|reason| self.reason(index, reason));
             self.head.choices.push(ChatChoice { index, message, delta: None, logprobs, finish_reason });
         }
         self.head.usage = Some(usage);
         self.head
+    }
+
+    /// A call that begins, with an id that no other has.
+    fn call(&self, answer: usize, number: usize, name: String) -> ToolCall {
+        let id = format!("call_{:016x}", self.names.hash_one((&self.head.id, answer, number)));
+        let function = Called { name: Some(name), arguments: String::new() };
+        ToolCall { index: Some(number), id: Some(id), kind: Some("function".to_owned()), function }
+    }
+
+    fn reason(&self, index: usize, reason: FinishReason) -> &'static str {
+        match finish_reason(reason) {
+            "stop" if self.readers[index].calls() > 0 => "tool_calls",
+            reason => reason,
+        }
     }
 
     fn report(&self, tokens: &[Token]) -> Option<ChatLogprobs> {
@@ -325,23 +405,49 @@ impl ChatShape {
         let choice = ChatChoice { index, message: None, delta: Some(delta), logprobs, finish_reason };
         frame(&ChatResponse { choices: vec![choice], ..self.head.clone() })
     }
+
+    /// An event for each piece; the first has the log-probabilities, if there are any.
+    fn events(&self, answer: usize, mut pieces: Vec<Piece>, mut logprobs: Option<ChatLogprobs>) -> Vec<u8> {
+        if pieces.is_empty() && logprobs.is_some() {
+            pieces.push(Piece::Content(String::new()));
+        }
+        let mut events = Vec::new();
+        for piece in pieces {
+            let delta = match piece {
+                Piece::Content(text) => Turn { content: Some(Some(text)), ..Turn::default() },
+                Piece::Reasoning(text) => Turn { reasoning_content: Some(text), ..Turn::default() },
+                Piece::Call { index, name } => Turn { tool_calls: Some(vec![self.call(answer, index, name)]), ..Turn::default() },
+                Piece::Arguments { index, text } => {
+                    let function = Called { name: None, arguments: text };
+                    let call = ToolCall { index: Some(index), id: None, kind: None, function };
+                    Turn { tool_calls: Some(vec![call]), ..Turn::default() }
+                }
+            };
+            events.extend_from_slice(&self.event(answer, delta, logprobs.take(), None));
+        }
+        events
+    }
 }
 
 impl Shape for ChatShape {
     fn open(&mut self, index: usize) -> Option<Bytes> {
-        let delta = Turn { role: Some("assistant"), content: Some(String::new()) };
+        let delta = Turn { role: Some("assistant"), content: Some(Some(String::new())), ..Turn::default() };
         Some(self.event(index, delta, None, None))
     }
 
     fn token(&mut self, index: usize, token: &Token) -> Option<Bytes> {
         let logprobs = token.id.and_then(|_| self.report(std::slice::from_ref(token)));
-        let some = !token.text.is_empty() || logprobs.is_some();
-        some.then(|| self.event(index, Turn { role: None, content: Some(token.text.clone()) }, logprobs, None))
+        let pieces = self.readers[index].push(&token.text);
+        let events = self.events(index, pieces, logprobs);
+        (!events.is_empty()).then(|| events.into())
     }
 
     fn end(&mut self, index: usize, text: &str, reason: FinishReason) -> Bytes {
-        let content = Some(text.to_owned()).filter(|text| !text.is_empty());
-        self.event(index, Turn { role: None, content }, None, Some(finish_reason(reason)))
+        let mut pieces = self.readers[index].push(text);
+        pieces.extend(self.readers[index].finish());
+        let mut events = self.events(index, pieces, None);
+        events.extend_from_slice(&self.event(index, Turn::default(), None, Some(self.reason(index, reason))));
+        events.into()
     }
 
     fn usage(&mut self, usage: Usage) -> Option<Bytes> {

@@ -16,10 +16,12 @@ use crate::accounts::charge::Charge;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
+use crate::grammar::Form;
 use crate::prompt::Prompt;
 use crate::request_id::RequestId;
 use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
 use crate::state::{Shared, State, unix_seconds};
+use crate::structured::Structured;
 use crate::token_text::token_text;
 use crate::whole::Score;
 use crate::worker::{Event, Job, Places, Task, Token};
@@ -55,6 +57,9 @@ pub struct CompletionRequest {
     /// How.
     #[serde(flatten)]
     pub sampling: Sampling,
+    /// In what form.
+    #[serde(flatten)]
+    pub structured: Structured,
 }
 
 /// The answer, whole or an event of a stream.
@@ -140,7 +145,7 @@ struct Prepared {
 }
 
 fn prepare(state: &State, request: CompletionRequest) -> Result<Prepared, ApiError> {
-    let CompletionRequest { completion, sampling } = request;
+    let CompletionRequest { completion, sampling, structured } = request;
     state.check_model(sampling.model.as_deref())?;
     let n = sampling.n()?;
     if completion.best_of.is_some_and(|best_of| best_of as usize != n) {
@@ -169,7 +174,9 @@ fn prepare(state: &State, request: CompletionRequest) -> Result<Prepared, ApiErr
         let rooms = prompts.iter().map(|ids| room(state, ids, "prompt", max_tokens, DEFAULT_MAX_TOKENS));
         // One number for all: without one the engine ends each at the context's end.
         let most = rooms.collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or(DEFAULT_MAX_TOKENS);
-        Some(Wanted { n, params: sampling.params(state.random(), most)?, logprobs })
+        let params = sampling.params(state.random(), most)?;
+        let constraint = state.constraint(Form::default(), structured.rule()?, &params)?;
+        Some(Wanted { n, params, logprobs, constraint })
     };
     Ok(Prepared { prompts, echo, wanted, n, logprobs })
 }
@@ -186,7 +193,7 @@ pub async fn completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let request = CompletionRequest { completion: body.parse()?, sampling: body.parse()? };
+    let request = CompletionRequest { completion: body.parse()?, sampling: body.parse()?, structured: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let Prepared { prompts, echo, wanted, n, logprobs } = state.compute(|state| prepare(state, request)).await?;
     let scored = echo.is_some() && logprobs.is_some();
@@ -224,7 +231,7 @@ pub async fn completions(
         n,
     };
     // Without anything to generate there is nothing to wait for: a stream of no tokens.
-    let nothing = Wanted { n: 0, params: Default::default(), logprobs };
+    let nothing = Wanted { n: 0, params: Default::default(), logprobs, constraint: None };
     let generates = wanted.is_some();
     let answers = Answers::start(&state, &mut places, prompts, wanted.as_ref().unwrap_or(&nothing), charge);
     match permit {

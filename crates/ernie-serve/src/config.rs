@@ -45,6 +45,8 @@ pub struct ServeConfig {
     pub max_len: usize,
     /// Most tokens guessed ahead; 0 guesses nothing.
     pub draft_tokens: usize,
+    /// What is taken out of a model's turn as its thoughts.
+    pub reasoning_parser: ReasoningParser,
     /// Most answers that may wait; beyond, requests get 429.
     pub max_queue: usize,
     /// Most answers streamed at once.
@@ -107,6 +109,16 @@ pub enum KvCache {
     Int8,
 }
 
+/// What is taken out of a model's turn as its thoughts: `reasoning_content` of the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReasoningParser {
+    /// Nothing: the text stays as the model wrote it.
+    None,
+    /// `<think>…</think>`, as the family's Thinking models write it, and what they wrap the text in, `<response>…</response>`.
+    Ernie,
+}
+
 /// The least important messages that are logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -147,6 +159,7 @@ impl Default for ServeConfig {
             prefix_cache: engine.prefix_cache,
             max_len: engine.max_len,
             draft_tokens: engine.drafts.max_tokens,
+            reasoning_parser: ReasoningParser::None,
             max_queue: 128,
             max_streams: 256,
             max_connections: 1024,

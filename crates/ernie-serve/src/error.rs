@@ -47,6 +47,12 @@ pub enum Error {
     /// The system gives no thread, no signal or no runtime.
     #[error("cannot start the server: {0}")]
     Start(std::io::Error),
+    /// The tokenizer's tokens are nothing that grammars can be made of.
+    #[error("cannot prepare the tokens for structured answers: {reason}")]
+    Grammars {
+        /// Why.
+        reason: String,
+    },
     /// The engine does not take the model with these options.
     #[error(transparent)]
     Engine(#[from] ernie_engine::Error),

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use axum::Router;
+use ernie_checkpoint::end_of_turn_ids;
 use ernie_engine::Engine;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,6 +23,7 @@ use crate::accounts::{self, Accounts};
 use crate::config::ServeConfig;
 use crate::connection::Timed;
 use crate::error::{Error, Result};
+use crate::grammar::Grammars;
 use crate::metrics::Metrics;
 use crate::routes;
 use crate::state::{ServedModel, Shared, State, unix_seconds};
@@ -65,6 +67,8 @@ impl Server {
         let ServedModel { name, model, tokenizer, template } = served;
         let (tokenizer, metrics) = (Arc::new(tokenizer), Arc::new(Metrics::new()));
         let engine = Engine::new(Arc::clone(&model), config.engine_options())?;
+        let ends: Vec<u32> = model.config().eos_token_id.iter().copied().chain(end_of_turn_ids(&tokenizer)).collect();
+        let grammars = Grammars::new(&tokenizer, model.config().vocab_size, &ends)?;
         let max_len = engine.max_len();
         let batch = config.max_batch_size;
         let started = Worker::start(engine, batch, Arc::clone(&tokenizer), Arc::clone(&metrics), config.max_queue);
@@ -77,6 +81,7 @@ impl Server {
             max_len,
             tokenizer,
             template,
+            grammars,
             worker,
             accounts,
             metrics,

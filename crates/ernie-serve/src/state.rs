@@ -5,13 +5,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ernie_checkpoint::{ChatTemplate, Tokenizer};
-use ernie_engine::Model;
+use ernie_engine::{Model, SamplingParams};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::accounts::Accounts;
 use crate::api_error::ApiError;
 use crate::config::ServeConfig;
+use crate::grammar::{Form, GrammarConstraint, Grammars};
 use crate::metrics::Metrics;
+use crate::structured::Asked;
 use crate::worker::{Places, Worker};
 
 /// A model with what turns text into its tokens and back.
@@ -45,6 +47,8 @@ pub struct State {
     pub tokenizer: Arc<Tokenizer>,
     /// Its chat template.
     pub template: ChatTemplate,
+    /// What answers can be made to look like.
+    pub grammars: Grammars,
     /// The way to the engine.
     pub worker: Worker,
     /// Who may use it, and what they used.
@@ -105,6 +109,21 @@ impl State {
     ) -> Result<T, ApiError> {
         let state = Arc::clone(self);
         tokio::task::spawn_blocking(move || work(&state)).await.map_err(|_| ApiError::internal("The request could not be prepared."))?
+    }
+
+    /// The constraint for a form with the rule that was asked for.
+    ///
+    /// # Errors
+    /// 400 that names the rule's field: there is no such grammar, or the answer is to go on past its end.
+    pub fn constraint(&self, form: Form, asked: Option<Asked>, params: &SamplingParams) -> Result<Option<GrammarConstraint>, ApiError> {
+        let (rule, field) = asked.map_or((None, "tools"), |(rule, field)| (Some(rule), field));
+        let constraint =
+            self.grammars.compile(&Form { rule, ..form }).map_err(|error| ApiError::field(field, format!("`{field}`: {error}")))?;
+        if constraint.is_some() && params.ignore_eos {
+            let message = format!("`ignore_eos`: an answer that has its form from `{field}` cannot go on past its end");
+            return Err(ApiError::field("ignore_eos", message));
+        }
+        Ok(constraint)
     }
 
     /// 64 bits that nobody can foresee.

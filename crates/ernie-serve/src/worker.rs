@@ -9,11 +9,12 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ernie_checkpoint::{DecodeStream, Tokenizer};
-use ernie_engine::{Engine, EngineEvent, FinishReason, Model, Request, RequestId, SamplingParams, StopMatcher};
+use ernie_engine::{Constraint, Engine, EngineEvent, FinishReason, Model, Request, RequestId, SamplingParams, StopMatcher};
 use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
 
 use crate::accounts::charge::Charge;
 use crate::metrics::Metrics;
+use crate::turn::MARKERS;
 use crate::whole::{Score, Whole};
 
 /// What is to be computed.
@@ -21,6 +22,8 @@ use crate::whole::{Score, Whole};
 pub enum Task {
     /// Continue a prompt.
     Generate(Request),
+    /// Continue a prompt with what a constraint allows.
+    Constrained(Request, Box<dyn Constraint>),
     /// Log-probabilities of the prompt's own tokens, with as many of the likeliest tokens in the place of each.
     Score {
         /// Token ids.
@@ -152,6 +155,7 @@ impl Worker {
                 engine,
                 model: &model,
                 tokenizer: &tokenizer,
+                marks: MARKERS.iter().filter_map(|mark| Some((tokenizer.piece_to_id(mark)?, *mark))).collect(),
                 metrics: &metrics,
                 max_batch_size,
                 open: true,
@@ -213,6 +217,8 @@ struct Running<'a> {
     engine: Engine,
     model: &'a Model,
     tokenizer: &'a Tokenizer,
+    /// Special tokens that mark the parts of a turn: text that a reader looks for.
+    marks: HashMap<u32, &'static str>,
     metrics: &'a Metrics,
     max_batch_size: usize,
     /// Jobs may still come.
@@ -271,14 +277,19 @@ impl<'a> Running<'a> {
 
     fn take(&mut self, queued: Queued) {
         let Queued { job: Job { task, index, events, charge }, arrived } = queued;
-        let request = match task {
-            Task::Generate(request) => request,
+        let (request, constraint) = match task {
+            Task::Generate(request) => (request, None),
+            Task::Constrained(request, constraint) => (request, Some(constraint)),
             Task::Score { prompt, top } => return self.whole.push_back(Whole::score(prompt, top, index, events, charge)),
             Task::Embed { prompt } => return self.whole.push_back(Whole::embed(prompt, index, events, charge)),
         };
         let SamplingParams { stop, stop_ids, ignore_eos, .. } = request.params.clone();
         let prompt_tokens = request.prompt.len();
-        match self.engine.submit(request) {
+        let submitted = match constraint {
+            None => self.engine.submit(request),
+            Some(constraint) => self.engine.submit_constrained(request, constraint),
+        };
+        match submitted {
             Ok(id) => {
                 self.metrics.prompt_tokens(prompt_tokens);
                 charge.iter().for_each(|charge| charge.prompt(prompt_tokens));
@@ -314,7 +325,7 @@ impl<'a> Running<'a> {
 
     /// One step of the engine, and what it brought to those who wait for it.
     fn step(&mut self) {
-        let Running { engine, active, metrics, ended, model, .. } = self;
+        let Running { engine, active, metrics, ended, model, marks, .. } = self;
         let began = Instant::now();
         let events = engine.step();
         // Shared equally: what is computed together reads the same weights, which is most of the time.
@@ -326,7 +337,11 @@ impl<'a> Running<'a> {
                     let Some(request) = active.get_mut(id) else { continue };
                     request.observe(metrics);
                     let ends = request.stop_ids.contains(token) || (!request.ignore_eos && model.config().eos_token_id.contains(token));
-                    let text = if ends { String::new() } else { request.stops.push(&request.decoder.push(*token)) };
+                    let text = match marks.get(token) {
+                        _ if ends => String::new(),
+                        None => request.stops.push(&request.decoder.push(*token)),
+                        Some(mark) => request.stops.push(&(request.decoder.finish() + mark)),
+                    };
                     let token = Token { id: (!ends).then_some(*token), text, logprob: *logprob, top: top.clone() };
                     let mut delivered = request.send(Event::Token(token));
                     if delivered && request.stops.found() {
@@ -360,6 +375,11 @@ impl<'a> Running<'a> {
                 EngineEvent::Failed { id, token, value } => {
                     let Some(mut request) = active.remove(id) else { continue };
                     request.send(Event::Failed(ernie_engine::Error::BadLogit { id: *token, value: *value }));
+                    metrics.failed();
+                }
+                EngineEvent::Stuck { id, reason } => {
+                    let Some(mut request) = active.remove(id) else { continue };
+                    request.send(Event::Failed(ernie_engine::Error::Constraint { reason: reason.clone() }));
                     metrics.failed();
                 }
             }

@@ -161,7 +161,7 @@ fn is_reserved(kind: PieceKind) -> bool {
 }
 
 /// The byte that `<0x00>` … `<0xFF>` stands for.
-fn byte_of(piece: &str) -> Option<u8> {
+pub(crate) fn byte_of(piece: &str) -> Option<u8> {
     let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
     let upper = digits.len() == 2 && digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'A'..=b'F'));
     upper.then(|| u8::from_str_radix(digits, 16).ok())?

@@ -1,5 +1,6 @@
 //! Text to token ids and back, from `tokenizer.json` or a SentencePiece `tokenizer.model`.
 
+mod bytes;
 mod error;
 mod library;
 mod special;
@@ -7,6 +8,7 @@ mod stream;
 
 use std::path::{Path, PathBuf};
 
+pub use bytes::TokenBytes;
 pub use error::TokenizerError;
 pub use special::SpecialTokens;
 use special::{AddedToken, AddedTokens, SideFile};

@@ -4,7 +4,7 @@ mod files;
 
 use std::path::PathBuf;
 
-use ernie_checkpoint::Tokenizer;
+use ernie_checkpoint::{TokenBytes, Tokenizer};
 
 fn fixture(name: &str) -> Vec<u8> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../testdata/tokenizers").join(name);
@@ -71,6 +71,17 @@ fn assert_streams(tokenizer: &Tokenizer, ids: &[u32], whole: &str, what: &str) {
     assert_eq!(text, whole, "{what}: streamed text ({ids:?})");
 }
 
+/// The bytes of the tokens are the text, but for spaces that decoding takes off its beginning.
+fn assert_bytes(tokenizer: &Tokenizer, ids: &[u32], whole: &str, what: &str) {
+    let bytes = ids.iter().flat_map(|id| match tokenizer.token_bytes(*id) {
+        Some(TokenBytes::Text(bytes)) => bytes,
+        Some(TokenBytes::Special(name)) => name.into_bytes(),
+        None => Vec::new(),
+    });
+    let text = String::from_utf8(bytes.collect()).unwrap_or_else(|error| panic!("{what}: {error} ({ids:?})"));
+    assert_eq!(text.trim_start_matches(' '), whole.trim_start_matches(' '), "{what}: bytes of {ids:?}");
+}
+
 /// Every string and random id sequence of the fixture; returns how many of each were compared.
 fn compare(name: &str, tokenizer: &Tokenizer) -> (usize, usize) {
     let strings = strings();
@@ -86,6 +97,9 @@ fn compare(name: &str, tokenizer: &Tokenizer) -> (usize, usize) {
         }
         assert_eq!(tokenizer.decode(&ids, false), text, "{name}: text of {ids:?} from {shown:?}");
         assert_streams(tokenizer, &ids, text, name);
+        if std::str::from_utf8(string).is_ok() && !ids.iter().any(|id| tokenizer.unk_id() == Some(*id)) {
+            assert_bytes(tokenizer, &ids, text, name);
+        }
     }
     let sequences = golden.number();
     for _ in 0..sequences {

@@ -56,7 +56,7 @@ fn record(answers: &mut HashMap<RequestId, Answer>, finished: &mut HashMap<Reque
                 assert_eq!(output_tokens, answers[&id].len());
                 finished.insert(id, reason);
             }
-            EngineEvent::Failed { .. } => panic!("{event:?}"),
+            EngineEvent::Failed { .. } | EngineEvent::Stuck { .. } => panic!("{event:?}"),
         }
     }
 }

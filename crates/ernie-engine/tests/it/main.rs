@@ -1,6 +1,7 @@
 //! Integration tests: one binary, one file per subject.
 mod allocations;
 mod batching;
+mod constraints;
 mod generating;
 mod golden;
 mod models;

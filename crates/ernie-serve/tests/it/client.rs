@@ -58,10 +58,15 @@ impl Running {
 
     /// With another one.
     pub fn with(config: ServeConfig) -> Self {
+        Self::with_template(config, ChatTemplate::builtin())
+    }
+
+    /// With another template too.
+    pub fn with_template(config: ServeConfig, template: ChatTemplate) -> Self {
         // Accounts of its own; those of a user are none of a test's business.
         let database = config.database.clone().or_else(|| Some("sqlite::memory:".to_owned()));
         let config = ServeConfig { port: 0, cache_mib: 64, database, ..config };
-        let served = Self::served();
+        let served = ServedModel { template, ..Self::served() };
         let (shutdown, asked) = oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {

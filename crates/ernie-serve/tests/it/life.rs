@@ -81,7 +81,8 @@ fn a_shutdown_finishes_what_runs_and_takes_nothing_new() {
     let mut server = Running::with(ServeConfig { max_batch_size: 1, ..ServeConfig::default() });
     assert_eq!(server.get("/health/ready").status, 200);
     let (running, waiting) = (long_request(&server, true, 1), long_request(&server, false, 1));
-    wait("one is computed and one waits", || server.metric("ernie_queue_length") == 1.0);
+    let counted = |name: &str| server.metric(name) == 1.0;
+    wait("one is computed and one waits", || counted("ernie_requests_running") && counted("ernie_queue_length"));
     server.shut_down();
     wait("it is not ready", || server.has_ended() || server.get("/health/ready").status == 503);
     assert!(!server.has_ended());

@@ -55,8 +55,8 @@ fn fields_out_of_range_are_named() {
         ("messages[0]", json!({"messages": [{"content": "Hi"}]})),
         ("messages[0].content", json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]})),
         ("messages", json!({"messages": [{"role": "user", "content": "word ".repeat(600)}]})),
-        ("tools", json!({"tools": [{"type": "function"}]})),
-        ("response_format", json!({"response_format": {"type": "json_object"}})),
+        ("tools[0].function", json!({"tools": [{"type": "function"}]})),
+        ("functions", json!({"functions": [{"name": "f"}]})),
         ("top_logprobs", json!({"top_logprobs": 2})),
         ("top_logprobs", json!({"logprobs": true, "top_logprobs": 21})),
     ];
