@@ -16,9 +16,10 @@ use crate::chat::chat_completions;
 use crate::completions::completions;
 use crate::embeddings::embeddings;
 use crate::request_id::{self, RequestId};
+use crate::settings::{change_settings, settings};
 use crate::state::{Shared, State};
 use crate::tokens::{detokenize, tokenize};
-use crate::{chat, completions, embeddings, tokens};
+use crate::{chat, completions, embeddings, page, tokens};
 
 /// The description that `/openapi.json` gives.
 #[derive(Debug, OpenApi)]
@@ -35,6 +36,9 @@ use crate::{chat, completions, embeddings, tokens};
         live,
         ready,
         metrics,
+        crate::live::events,
+        crate::settings::settings,
+        crate::settings::change_settings,
         openapi
     )
 )]
@@ -53,6 +57,10 @@ pub fn router(state: Shared) -> Router {
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))
+        .route("/v1/live", get(crate::live::events))
+        .route("/admin/api/settings", get(settings).patch(change_settings))
+        .route("/", get(page::index))
+        .route("/assets/{file}", get(page::asset))
         .route("/openapi.json", get(openapi))
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)

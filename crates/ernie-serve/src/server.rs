@@ -21,9 +21,10 @@ use crate::config::ServeConfig;
 use crate::connection::Timed;
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
-use crate::routes;
+use crate::settings::Settings;
 use crate::state::{ServedModel, Shared, State, unix_seconds};
 use crate::worker::Worker;
+use crate::{live, routes};
 
 /// After an error of the system while accepting (no more files, say): time for others to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -52,11 +53,12 @@ impl Server {
         let (tokenizer, metrics) = (Arc::new(tokenizer), Arc::new(Metrics::new()));
         let engine = Engine::new(Arc::clone(&model), config.engine_options())?;
         let max_len = engine.max_len();
-        let batch = config.max_batch_size;
-        let started = Worker::start(engine, batch, Arc::clone(&tokenizer), Arc::clone(&metrics), config.max_queue);
+        let settings = Settings { dynamic_batching: config.dynamic_batching, max_batch_size: config.max_batch_size };
+        let started = Worker::start(engine, settings, Arc::clone(&tokenizer), Arc::clone(&metrics), config.max_queue);
         let (worker, engine) = started.map_err(Error::Start)?;
         let state = Arc::new(State {
             streams: Arc::new(Semaphore::new(config.max_streams)),
+            watchers: Arc::new(Semaphore::new(live::MAX_WATCHERS)),
             config,
             name,
             model,

@@ -3,6 +3,7 @@ mod allocations;
 mod batching;
 mod generating;
 mod golden;
+mod load;
 mod models;
 mod sampling;
 mod scheduler;

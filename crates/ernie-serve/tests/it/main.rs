@@ -2,6 +2,9 @@
 mod answers;
 mod client;
 mod life;
+mod live;
 mod nano;
+mod page;
 mod refusals;
+mod settings;
 mod worker;
