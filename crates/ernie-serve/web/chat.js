@@ -10,6 +10,8 @@ import * as store from "./store.js";
 import { sidebar } from "./sidebar.js";
 
 const EXAMPLES = ["chat.example_story", "chat.example_question", "chat.example_coffee"];
+/** How often an answer is kept while it comes. */
+const SAVE_SECONDS = 2;
 
 export function chatView() {
   let conversation = store.find(load("open") ?? "") ?? store.create();
@@ -218,6 +220,7 @@ export function chatView() {
     const since = () => (performance.now() - began) / 1000;
     try {
       let done = false;
+      let saved = 0;
       for await (const data of events(await request("/v1/chat/completions", { method: "POST", body, signal: abort.signal }))) {
         if (data === "[DONE]") {
           done = true;
@@ -235,6 +238,11 @@ export function chatView() {
         }
         report(message, choice.logprobs?.content);
         if (typeof choice.finish_reason === "string") message.finish = choice.finish_reason;
+        // Whoever closes the page in the middle finds what had come.
+        if (since() > saved + SAVE_SECONDS) {
+          saved = since();
+          store.keep(own);
+        }
         draw();
       }
       // A server that dies closes the connection as one that is done does, but does not say so.

@@ -5,6 +5,8 @@ import { t } from "./i18n.js";
 
 /** How deep quotes, lists and links may be nested; deeper, they are plain text. */
 const DEEPEST = 12;
+/** Signs of emphasis in a row; more are a line that somebody drew. */
+const LONGEST_RUN = 6;
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^\n]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
@@ -70,7 +72,7 @@ function split(lines, depth) {
     } else {
       at += 1;
       while (at < lines.length && lines[at].trim() !== "" && !startsBlock(lines[at])) at += 1;
-      take("paragraph", from, at, { text: lines.slice(from, at).map((line) => line.trimStart()).join("\n") });
+      take("paragraph", from, at, { text: lines.slice(from, at).map((line) => line.trim()).join("\n") });
     }
   }
   return blocks;
@@ -303,8 +305,11 @@ function inline(target, text, depth = 0) {
       }
     } else if (c === "*" || c === "_" || c === "~") {
       const run = text.slice(at, at + 200).match(c === "*" ? /^\*+/ : c === "_" ? /^_+/ : /^~+/)[0];
-      flush();
-      nodes.push(delimiter(text, at, run));
+      if (run.length > LONGEST_RUN) buffer += run;
+      else {
+        flush();
+        nodes.push(delimiter(text, at, run));
+      }
       at += run.length;
     } else {
       // As far as there is nothing special.
@@ -421,8 +426,9 @@ function emphasise(nodes, target) {
       for (const _ of node.ends) if (stack.length > 1) stack.pop();
       if (node.left > 0) stack.at(-1).append(node.sign.repeat(node.left));
       for (const tag of node.starts) {
-        const element = h(tag);
-        stack.at(-1).append(element);
+        // Too deep: what is inside is shown without it.
+        const element = stack.length > DEEPEST ? stack.at(-1) : h(tag);
+        if (element !== stack.at(-1)) stack.at(-1).append(element);
         stack.push(element);
       }
     }

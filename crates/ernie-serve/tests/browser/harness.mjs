@@ -43,7 +43,7 @@ export const answer = (page) => page.locator(".message.assistant").last();
 
 /** Waits until the last answer is complete and gives its text. */
 export async function answered(page) {
-  await page.waitForSelector(".message.assistant:last-child:not(.writing)");
+  await page.waitForSelector(".message.assistant:last-child:not(.writing)", { timeout: 30_000 });
   return answer(page).locator(".message-body").innerText();
 }
 

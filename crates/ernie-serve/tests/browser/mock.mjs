@@ -159,7 +159,7 @@ async function chat(request, response, state, key) {
       response.end("data: [DONE]\n\n");
       return;
     }
-    await pause(last.startsWith("long") ? 25 : 5);
+    await pause(last.startsWith("long") ? 12 : 5);
   }
   event({ delta: {}, finish_reason: "stop" });
   event(null, { usage: { prompt_tokens: 10, completion_tokens: pieces.length, total_tokens: 10 + pieces.length } });
