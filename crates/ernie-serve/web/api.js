@@ -5,7 +5,11 @@ import { forget, load, save } from "./storage.js";
 /** Two keys, for one that may administer need not be allowed to chat. */
 export const keys = {
   get: (use) => load(`key.${use}`, "session") ?? "",
-  set: (use, key) => (key ? save(`key.${use}`, key, "session") : forget(`key.${use}`, "session")),
+  set(use, key) {
+    if (key) save(`key.${use}`, key, "session");
+    else forget(`key.${use}`, "session");
+    window.dispatchEvent(new Event("ernie-key"));
+  },
 };
 
 /** What the server said, or that it said nothing (status 0). */

@@ -51,6 +51,11 @@ function showLanguage() {
   showTitle();
 }
 
+/** Its name, as far as we may know it. */
+function showModel() {
+  json("/v1/models", { use: ["chat", "admin"] }).then(({ data }) => (model.textContent = data?.[0]?.id ?? ""), () => {});
+}
+
 function showTitle() {
   document.title = `${t(`nav.${current ?? "chat"}`)} · ernie`;
 }
@@ -107,8 +112,9 @@ onLanguage(() => {
   showLanguage();
 });
 systemDark.addEventListener("change", showTheme);
+window.addEventListener("ernie-key", showModel);
 window.addEventListener("hashchange", () => open(location.hash.slice(1)));
 showTheme();
 showLanguage();
 open(location.hash.slice(1) || "chat");
-json("/v1/models", { use: ["chat", "admin"] }).then(({ data }) => (model.textContent = data?.[0]?.id ?? ""), () => {});
+showModel();

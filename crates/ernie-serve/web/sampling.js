@@ -78,9 +78,14 @@ function control(field) {
   const id = `sampling-${name}`;
   const input = h("input", { type: "number", id, min, max, step: step === 1 ? 1 : "any", inputmode: step === 1 ? "numeric" : "decimal", tPlaceholder: empty, "aria-describedby": `${id}-note` });
   const slider = empty ? null : h("input", { type: "range", min, max, step, tabindex: "-1", "aria-hidden": "true" });
+  const slide = () => {
+    if (!slider) return;
+    slider.value = values[name];
+    slider.style.setProperty("--part", `${((values[name] - min) / (max - min)) * 100}%`);
+  };
   const show = () => {
     input.value = values[name] ?? "";
-    if (slider) slider.value = values[name];
+    slide();
     input.removeAttribute("aria-invalid");
   };
   const take = (text) => {
@@ -95,12 +100,12 @@ function control(field) {
   input.addEventListener("input", () => {
     const good = take(input.value.trim());
     input.toggleAttribute("aria-invalid", !good);
-    if (good && slider) slider.value = values[name];
+    if (good) slide();
   });
   input.addEventListener("change", show);
   slider?.addEventListener("input", () => {
     take(slider.value);
-    input.value = slider.value;
+    show();
   });
   show();
   const element = h("div", { class: "control" },
