@@ -8,7 +8,7 @@ const HEIGHT = 96;
 const GAP = 4;
 
 /**
- * Lines over time. `series`: `[{label (key of a text), value (of a point), class}]`, `format`: of a number, `seconds`: how much is shown,
+ * Lines over time. `series`: `[{label (key of a text), value (of a point), class}]`, `format`: of a number, `seconds`: how much is shown at most,
  * `ceiling`: the top of the scale if it is fixed.
  */
 export function lineChart(title, { series, format, seconds, ceiling = null }) {
@@ -26,6 +26,7 @@ export function lineChart(title, { series, format, seconds, ceiling = null }) {
   let points = [];
   let end = 0;
   let scale = 1;
+  let span = seconds;
   let pointed = null;
 
   function y(part) {
@@ -34,12 +35,14 @@ export function lineChart(title, { series, format, seconds, ceiling = null }) {
 
   function update(all, now) {
     [points, end] = [all.filter((point) => point.at > now - seconds), now];
+    // Whole minutes, as many as there are: a page just opened shows more than a blank.
+    span = Math.min(seconds, Math.max(1, Math.ceil((now - (points[0]?.at ?? now)) / 60)) * 60);
     const all_values = points.flatMap((point) => series.map((one) => one.value(point) ?? 0));
     scale = ceiling ?? nice(Math.max(...all_values, 0));
     top.textContent = format(scale);
-    from.textContent = t("live.minutes_ago", { minutes: seconds / 60 });
+    from.textContent = t("live.minutes_ago", { minutes: span / 60 });
     to.textContent = t("live.now");
-    const x = (point) => WIDTH - ((end - point.at) / seconds) * WIDTH;
+    const x = (point) => WIDTH - ((end - point.at) / span) * WIDTH;
     series.forEach((one, index) => {
       let path = "";
       let area = "";
@@ -69,9 +72,9 @@ export function lineChart(title, { series, format, seconds, ceiling = null }) {
   function tell() {
     let point = points.at(-1);
     if (pointed !== null && points.length > 0) {
-      const at = end - (1 - pointed) * seconds;
+      const at = end - (1 - pointed) * span;
       point = points.reduce((best, one) => (Math.abs(one.at - at) < Math.abs(best.at - at) ? one : best));
-      const place = WIDTH - ((end - point.at) / seconds) * WIDTH;
+      const place = WIDTH - ((end - point.at) / span) * WIDTH;
       cross.setAttribute("x1", place);
       cross.setAttribute("x2", place);
       from.textContent = new Intl.DateTimeFormat(locale(), { timeStyle: "medium" }).format(new Date(point.at * 1000));
@@ -92,7 +95,7 @@ export function lineChart(title, { series, format, seconds, ceiling = null }) {
   });
   picture.addEventListener("pointerleave", () => {
     pointed = null;
-    from.textContent = t("live.minutes_ago", { minutes: seconds / 60 });
+    from.textContent = t("live.minutes_ago", { minutes: span / 60 });
     tell();
   });
   onLanguage(() => update(points, end));
