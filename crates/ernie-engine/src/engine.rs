@@ -13,6 +13,7 @@ use crate::constraint::{Constraint, TokenSet};
 use crate::drafts::{DraftOptions, Drafter};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
+use crate::load::Load;
 use crate::logprobs::LogProbs;
 use crate::model::Model;
 use crate::paragraphs::Ends;
@@ -222,6 +223,7 @@ impl Engine {
             max_len,
             windows,
         })?;
+        runner.work.load = Arc::new(Load::new(config));
         // Lists of blocks grow while sequences do; up to a size that is not worth mentioning they need not.
         let listed = options.max_batch_size.saturating_mul(max_len.div_ceil(BLOCK)).min(1 << 16);
         runner.work.spans.full.reserve(listed);
@@ -342,6 +344,20 @@ impl Engine {
         let (stats, layout) = (self.scheduler.stats(), self.model.cache_layout());
         (stats.blocks - stats.free_blocks - stats.cached_blocks) * layout.block_bytes()
             + (stats.window_blocks - stats.free_window_blocks - stats.cached_window_blocks) * layout.window_block_bytes()
+    }
+
+    /// What experts and heads had to do; may be kept and read at any time.
+    pub fn load(&self) -> &Arc<Load> {
+        &self.runner.work.load
+    }
+
+    /// Changes [`EngineOptions::max_batch_size`] and [`EngineOptions::dynamic_batching`] from the next step on. Nothing that runs is interrupted: a batch
+    /// that has become too large takes nobody in until enough of it has ended.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a batch of none.
+    pub fn set_batching(&mut self, max_batch_size: usize, dynamic_batching: bool) -> Result<()> {
+        self.scheduler.set_batching(max_batch_size, dynamic_batching)
     }
 
     /// Guesses and how many were right.

@@ -268,7 +268,10 @@ impl Model {
     fn layer(&self, index: usize, layer: &Layer, cache: &mut Cache, rope: &RopeTable, work: &mut Workspace) {
         let pool = &*self.pool;
         layer.attention.forward(pool, &self.config, index, &layer.input_norm_h, cache, rope, work);
-        let Workspace { x_th, normed_th, inner_ti, both, rows, moe, profile, .. } = work;
+        let Workspace { x_th, normed_th, inner_ti, both, rows, moe, gates, load, profile, .. } = work;
+        if layer.attention.gates.is_some() {
+            load.count_heads(index, &gates.gates_tn);
+        }
         let eps = self.config.rms_norm_eps as f32;
         match &layer.mlp {
             Mlp::Dense(mlp) => {
@@ -280,6 +283,7 @@ impl Model {
                 normalise(pool, normed_th, rows, x_th, &layer.post_norm_h, eps, routed.needs());
                 profile.lap(Part::Norm);
                 routed.forward(pool, x_th, Input { values: normed_th, rows }, moe, profile);
+                load.count_experts(index, x_th.len() / self.config.hidden_size, &moe.starts_e);
                 if let Some(shared) = &routed.shared {
                     shared.add_to(pool, x_th, normed_th, inner_ti, both, rows, profile);
                 }

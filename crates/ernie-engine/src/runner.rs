@@ -1,10 +1,13 @@
 //! What computing takes besides a model: the key/value cache, the angles, and working memory that is kept from step to step.
+use std::sync::Arc;
+
 use ernie_kernels::int8::{Groups, Rows8};
 use ernie_kernels::rope::RopeTable;
 
 use crate::cache::{Cache, CacheSpans};
 use crate::error::Result;
 use crate::gates::GateWorkspace;
+use crate::load::Load;
 use crate::model::Model;
 use crate::profile::Profile;
 
@@ -32,6 +35,8 @@ pub(crate) struct Workspace {
     pub moe: MoeWorkspace,
     pub spans: CacheSpans,
     pub gates: GateWorkspace,
+    /// Counts what experts and heads have to do; of no layers where nobody asks.
+    pub load: Arc<Load>,
     /// Rows whose logits are wanted.
     pub wanted: Vec<u32>,
     pub logits: Vec<f32>,

@@ -18,9 +18,10 @@ use crate::chat::chat_completions;
 use crate::completions::completions;
 use crate::embeddings::embeddings;
 use crate::request_id::{self, RequestId};
+use crate::settings::{change_settings, settings};
 use crate::state::{Shared, State};
 use crate::tokens::{detokenize, tokenize};
-use crate::{admin, chat, completions, embeddings, tokens};
+use crate::{admin, chat, completions, embeddings, page, tokens};
 
 /// The description that `/openapi.json` gives.
 #[derive(Debug, OpenApi)]
@@ -37,6 +38,9 @@ use crate::{admin, chat, completions, embeddings, tokens};
         live,
         ready,
         metrics,
+        crate::live::events,
+        crate::settings::settings,
+        crate::settings::change_settings,
         openapi,
         admin::session::session,
         admin::keys::list,
@@ -62,6 +66,10 @@ pub fn router(state: Shared) -> Router {
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))
+        .route("/v1/live", get(crate::live::events))
+        .route("/admin/api/settings", get(settings).patch(change_settings))
+        .route("/", get(page::index))
+        .route("/assets/{file}", get(page::asset))
         .route("/openapi.json", get(openapi))
         .merge(admin::routes())
         .fallback(not_found)

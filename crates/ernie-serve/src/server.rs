@@ -25,10 +25,11 @@ use crate::connection::Timed;
 use crate::error::{Error, Result};
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
-use crate::routes;
+use crate::settings::Settings;
 use crate::state::{ServedModel, Shared, State, unix_seconds};
 use crate::tls::Certificates;
 use crate::worker::Worker;
+use crate::{live, routes};
 
 /// After an error of the system while accepting (no more files, say): time for others to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -70,11 +71,12 @@ impl Server {
         let ends: Vec<u32> = model.config().eos_token_id.iter().copied().chain(end_of_turn_ids(&tokenizer)).collect();
         let grammars = Grammars::new(&tokenizer, model.config().vocab_size, &ends)?;
         let max_len = engine.max_len();
-        let batch = config.max_batch_size;
-        let started = Worker::start(engine, batch, Arc::clone(&tokenizer), Arc::clone(&metrics), config.max_queue);
+        let settings = Settings { dynamic_batching: config.dynamic_batching, max_batch_size: config.max_batch_size };
+        let started = Worker::start(engine, settings, Arc::clone(&tokenizer), Arc::clone(&metrics), config.max_queue);
         let (worker, engine) = started.map_err(Error::Start)?;
         let state = Arc::new(State {
             streams: Arc::new(Semaphore::new(config.max_streams)),
+            watchers: Arc::new(Semaphore::new(live::MAX_WATCHERS)),
             config,
             name,
             model,

@@ -57,6 +57,8 @@ pub struct State {
     pub metrics: Arc<Metrics>,
     /// Streams that may begin.
     pub streams: Arc<Semaphore>,
+    /// Those who may look on at `/v1/live`.
+    pub watchers: Arc<Semaphore>,
     /// Set when the shutdown begins.
     pub draining: AtomicBool,
     /// When the server started, Unix seconds.

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
 
 use crate::accounts::charge::Charge;
 use crate::metrics::Metrics;
+use crate::settings::{Current, Settings, SettingsPatch};
 use crate::turn::MARKERS;
 use crate::whole::{Score, Whole};
 
@@ -132,16 +133,17 @@ pub struct Worker {
     queue: Mutex<Option<mpsc::Sender<Queued>>>,
     places: usize,
     stop: Arc<AtomicBool>,
+    settings: Arc<Current>,
 }
 
 impl Worker {
-    /// Starts the thread. `places`: jobs that may wait besides those that are computed.
+    /// Starts the thread. `settings`: as the engine was made; `places`: jobs that may wait besides those that are computed.
     ///
     /// # Errors
     /// The system gives no thread.
     pub fn start(
         engine: Engine,
-        max_batch_size: usize,
+        settings: Settings,
         tokenizer: Arc<Tokenizer>,
         metrics: Arc<Metrics>,
         places: usize,
@@ -149,6 +151,9 @@ impl Worker {
         let (queue, jobs) = mpsc::channel(places);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        metrics.watch(&engine);
+        let settings = Arc::new(Current::new(settings));
+        let current = Arc::clone(&settings);
         let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
             let model = Arc::clone(engine.model());
             let running = Running {
@@ -157,7 +162,8 @@ impl Worker {
                 tokenizer: &tokenizer,
                 marks: MARKERS.iter().filter_map(|mark| Some((tokenizer.piece_to_id(mark)?, *mark))).collect(),
                 metrics: &metrics,
-                max_batch_size,
+                settings: current.get(),
+                current: &current,
                 open: true,
                 active: HashMap::new(),
                 whole: VecDeque::new(),
@@ -165,7 +171,7 @@ impl Worker {
             };
             running.run(jobs, &stopped);
         })?;
-        Ok((Worker { queue: Mutex::new(Some(queue)), places, stop }, thread))
+        Ok((Worker { queue: Mutex::new(Some(queue)), places, stop, settings }, thread))
     }
 
     /// Places for `count` jobs, all or none.
@@ -183,6 +189,16 @@ impl Worker {
             Err(TrySendError::Closed(_)) => Err(Refused::Closed),
         };
         (0..count).map(place).collect::<Result<Vec<_>, _>>().map(Places)
+    }
+
+    /// The settings in force from the next step on.
+    pub fn settings(&self) -> Settings {
+        self.settings.get()
+    }
+
+    /// Changes settings from the next step on; returns what was and what is. A batch of none is taken for one of one.
+    pub fn change_settings(&self, patch: SettingsPatch) -> (Settings, Settings) {
+        self.settings.change(patch)
     }
 
     /// Jobs that wait.
@@ -220,7 +236,9 @@ struct Running<'a> {
     /// Special tokens that mark the parts of a turn: text that a reader looks for.
     marks: HashMap<u32, &'static str>,
     metrics: &'a Metrics,
-    max_batch_size: usize,
+    /// As the engine has them.
+    settings: Settings,
+    current: &'a Current,
     /// Jobs may still come.
     open: bool,
     active: HashMap<RequestId, Active<'a>>,
@@ -252,9 +270,22 @@ impl<'a> Running<'a> {
                 return;
             }
             self.drop_gone();
+            self.settle();
             self.step();
             self.step_whole();
             self.metrics.observe_engine(&self.engine, self.whole.len());
+        }
+    }
+
+    /// Tells the engine of settings that have changed.
+    fn settle(&mut self) {
+        let settings = self.current.get();
+        if settings != self.settings {
+            // The only size that is refused, 0, does not get here.
+            if let Err(error) = self.engine.set_batching(settings.max_batch_size, settings.dynamic_batching) {
+                tracing::error!(%error, "settings not taken");
+            }
+            self.settings = settings;
         }
     }
 
@@ -264,7 +295,7 @@ impl<'a> Running<'a> {
 
     /// Takes jobs while there is room in the batch; waits for one if there is nothing else to do.
     fn admit(&mut self, jobs: &mut mpsc::Receiver<Queued>) {
-        while self.open && self.active.len() + self.whole.len() < self.max_batch_size {
+        while self.open && self.active.len() + self.whole.len() < self.current.get().max_batch_size {
             let next = if self.is_idle() { jobs.blocking_recv().ok_or(TryRecvError::Disconnected) } else { jobs.try_recv() };
             match next {
                 Ok(queued) if queued.job.events.is_closed() => self.metrics.cancelled(),

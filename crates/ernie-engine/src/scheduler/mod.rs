@@ -196,6 +196,18 @@ impl Scheduler {
         })
     }
 
+    /// Changes two options from the next plan on; sequences that run go on whatever they are.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a batch of none.
+    pub fn set_batching(&mut self, max_batch_size: usize, dynamic_batching: bool) -> Result<()> {
+        if max_batch_size == 0 {
+            return Err(Error::Parameter { field: "max_batch_size", expected: "a number ≥ 1", got: "0".to_owned() });
+        }
+        (self.options.max_batch_size, self.options.dynamic_batching) = (max_batch_size, dynamic_batching);
+        Ok(())
+    }
+
     /// Most tokens that a sequence can have.
     pub fn max_len(&self) -> usize {
         self.options.max_len.min(self.options.blocks * self.options.block_size)

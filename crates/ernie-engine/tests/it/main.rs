@@ -4,6 +4,7 @@ mod batching;
 mod constraints;
 mod generating;
 mod golden;
+mod load;
 mod models;
 mod sampling;
 mod scheduler;

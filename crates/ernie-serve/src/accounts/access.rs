@@ -27,7 +27,7 @@ const fn scope(scope: Scope) -> Access {
 /// Every route by its pattern. A route that is missing here is answered with 403.
 pub const ROUTES: &[(&str, Access)] = &[
     ("/", Public),
-    ("/assets/{*path}", Public),
+    ("/assets/{file}", Public),
     ("/health/live", Public),
     ("/health/ready", Public),
     ("/openapi.json", Public),

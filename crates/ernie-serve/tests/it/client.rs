@@ -1,4 +1,5 @@
 //! A server on a free port and a plain HTTP client for it.
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::thread::JoinHandle;
 
@@ -127,6 +128,28 @@ impl Running {
     /// With a header.
     pub fn header(&self, name: &str, value: &str) -> Client<'_> {
         self.as_key(None).header(name, value)
+    }
+
+    /// With a header more.
+    pub fn get_with(&self, path: &str, name: &str, value: &str) -> Reply {
+        Self::reply(self.agent.get(url(self.address) + path).header(name, value).call())
+    }
+
+    pub fn head(&self, path: &str) -> Reply {
+        Self::reply(self.agent.head(url(self.address) + path).call())
+    }
+
+    pub fn patch(&self, path: &str, body: &Value) -> Reply {
+        Self::reply(self.agent.patch(url(self.address) + path).send_json(body))
+    }
+
+    /// The first so many values of a stream that does not end.
+    pub fn first_events(&self, path: &str, count: usize) -> Vec<Value> {
+        let response = self.agent.get(url(self.address) + path).call().unwrap();
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let lines = BufReader::new(response.into_body().into_reader()).lines();
+        let data = lines.filter_map(|line| Some(line.unwrap().strip_prefix("data: ")?.to_owned()));
+        data.take(count).map(|data| serde_json::from_str(&data).unwrap()).collect()
     }
 
     /// A body as it is.

@@ -4,7 +4,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ernie_engine::{Engine, EngineOptions, FinishReason, Request, SamplingParams};
-use ernie_serve::{Event, Job, Metrics, Refused, Task, Worker};
+use ernie_serve::{Event, Job, Metrics, Refused, Settings, Task, Worker};
 use tokio::sync::mpsc;
 
 use crate::nano;
@@ -13,7 +13,8 @@ fn start(max_batch_size: usize, places: usize) -> (Worker, JoinHandle<()>, Arc<M
     let options = EngineOptions { max_batch_size, cache_bytes: 64 << 20, ..EngineOptions::default() };
     let engine = Engine::new(nano::model(), options).unwrap();
     let metrics = Arc::new(Metrics::new());
-    let (worker, thread) = Worker::start(engine, max_batch_size, nano::tokenizer(), Arc::clone(&metrics), places).unwrap();
+    let settings = Settings { dynamic_batching: true, max_batch_size };
+    let (worker, thread) = Worker::start(engine, settings, nano::tokenizer(), Arc::clone(&metrics), places).unwrap();
     (worker, thread, metrics)
 }
 
