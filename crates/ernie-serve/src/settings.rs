@@ -97,8 +97,7 @@ pub async fn change_settings(
     if patch.over(before) != before {
         // Nothing is changed that the audit log does not tell of.
         let detail = serde_json::json!({"before": before, "after": patch.over(before)}).to_string();
-        let audit =
-            Audit { at: unix_seconds(), actor: caller.actor(), action: "settings.change", target: state.name.clone(), detail };
+        let audit = Audit { at: unix_seconds(), actor: caller.actor(), action: "settings.change", target: state.name.clone(), detail };
         state.accounts.store.log(&audit).await.map_err(|error| away(&error))?;
     }
     let after = state.worker.change_settings(patch);

@@ -196,8 +196,8 @@ impl Worker {
         self.settings.get()
     }
 
-    /// Changes settings from the next step on; returns what was and what is. A batch of none is taken for one of one.
-    pub fn change_settings(&self, patch: SettingsPatch) -> (Settings, Settings) {
+    /// Changes settings from the next step on; returns what is then. A batch of none is taken for one of one.
+    pub fn change_settings(&self, patch: SettingsPatch) -> Settings {
         self.settings.change(patch)
     }
 

@@ -32,6 +32,10 @@ fn what_is_given_changes_and_what_makes_no_sense_is_refused() {
     assert!(message.contains("max_batch_size"), "{message}");
     assert_eq!(server.get(PATH).json(), json!({"dynamic_batching": true, "max_batch_size": 9}));
     server.post(PATH, &json!({"max_batch_size": 3})).error(405);
+    // Both changes, and nothing else, stand in the audit log.
+    let log = server.get("/admin/api/audit").json();
+    let details: Vec<&str> = log["data"].as_array().unwrap().iter().map(|line| line["detail"].as_str().unwrap()).collect();
+    assert!(details.len() == 2 && details[0].contains("\"max_batch_size\":9") && details[1].contains("false"), "{log}");
 }
 
 /// The lengths and texts of `n` answers, which are all the same.
