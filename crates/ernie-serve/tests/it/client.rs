@@ -132,20 +132,20 @@ impl Running {
 
     /// With a header more.
     pub fn get_with(&self, path: &str, name: &str, value: &str) -> Reply {
-        Self::reply(self.agent.get(url(self.address) + path).header(name, value).call())
+        Self::reply(self.agent.get(url("http", self.address) + path).header(name, value).call())
     }
 
     pub fn head(&self, path: &str) -> Reply {
-        Self::reply(self.agent.head(url(self.address) + path).call())
+        Self::reply(self.agent.head(url("http", self.address) + path).call())
     }
 
     pub fn patch(&self, path: &str, body: &Value) -> Reply {
-        Self::reply(self.agent.patch(url(self.address) + path).send_json(body))
+        Self::reply(self.agent.patch(url("http", self.address) + path).send_json(body))
     }
 
     /// The first so many values of a stream that does not end.
     pub fn first_events(&self, path: &str, count: usize) -> Vec<Value> {
-        let response = self.agent.get(url(self.address) + path).call().unwrap();
+        let response = self.agent.get(url("http", self.address) + path).call().unwrap();
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         let lines = BufReader::new(response.into_body().into_reader()).lines();
         let data = lines.filter_map(|line| Some(line.unwrap().strip_prefix("data: ")?.to_owned()));
