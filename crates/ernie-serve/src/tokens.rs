@@ -9,6 +9,7 @@ use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
 use crate::chat::{self, ChatMessage};
 use crate::state::Shared;
+use crate::tools::Tool;
 
 /// A text or a conversation.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -32,6 +33,9 @@ pub struct TokenizeRequest {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// For a conversation: functions that the model may call.
+    #[serde(default)]
+    pub tools: Option<Vec<Tool>>,
     /// Also the tokens as the vocabulary spells them.
     #[serde(default)]
     pub return_token_strs: Option<bool>,
@@ -82,7 +86,7 @@ pub async fn tokenize(Extract(state): Extract<Shared>, body: JsonBody) -> Result
                 tokens.map_err(|error| ApiError::field("prompt", error.to_string()))?
             }
             (None, Some(messages)) => {
-                chat::encode(state, messages, request.add_generation_prompt.unwrap_or(true), request.chat_template_kwargs)?
+                chat::encode(state, messages, request.tools, request.add_generation_prompt.unwrap_or(true), request.chat_template_kwargs)?
             }
             _ => return Err(ApiError::field("prompt", "expected one of `prompt` and `messages`")),
         };

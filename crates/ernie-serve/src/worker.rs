@@ -146,7 +146,9 @@ impl Worker {
         let (queue, jobs) = mpsc::channel(places);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+        // Grammars may call themselves as deep as they are nested.
+        let builder = std::thread::Builder::new().name("engine".to_owned()).stack_size(16 << 20);
+        let thread = builder.spawn(move || {
             let model = Arc::clone(engine.model());
             let running = Running {
                 engine,
