@@ -24,7 +24,7 @@ use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
 use crate::state::{Shared, State, unix_seconds};
 use crate::structured::Structured;
 use crate::token_text::token_bytes;
-use crate::tools::{self, Called, ToolCall, Toolbox, Tools, past_calls};
+use crate::tools::{self, Called, Tool, ToolCall, Toolbox, Tools, past_calls};
 use crate::turn::{Piece, Reading, TurnReader};
 use crate::worker::Token;
 
@@ -236,11 +236,13 @@ pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
 pub fn encode(
     state: &State,
     turns: Vec<ChatMessage>,
+    tools: Option<Vec<Tool>>,
     add_generation_prompt: bool,
     variables: Option<Map<String, Value>>,
 ) -> Result<Vec<u32>, ApiError> {
-    let messages = tools::write_out(&state.template, None, messages(turns)?);
-    encode_messages(state, &messages, add_generation_prompt, &template_options(variables, None))
+    let toolbox = Tools { tools, ..Tools::default() }.check()?;
+    let messages = tools::write_out(&state.template, toolbox.as_ref(), messages(turns)?);
+    encode_messages(state, &messages, add_generation_prompt, &template_options(variables, toolbox.as_ref()))
 }
 
 fn encode_messages(

@@ -19,6 +19,10 @@ const MAX_TOKEN_BYTES: usize = 500;
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 /// Longer regular expressions too: preparing one can take time by the square of its length.
 const MAX_REGEX_BYTES: usize = 8 << 10;
+/// Lines of a grammar, each at most one rule: a chain of rules is followed by calls within calls.
+const MAX_LINES: usize = 4000;
+/// For those calls. Only what is used of it takes memory.
+const STACK_BYTES: usize = 128 << 20;
 /// Brackets within brackets: parsers of grammars call themselves for each.
 const MAX_NESTING: usize = 100;
 /// Between the parts of a JSON text, if the schema does not say: nothing, a space, or a line break with indentation. Without a bound a model that has
@@ -99,11 +103,21 @@ impl Grammars {
     /// What is wrong with the rule, for people.
     pub fn compile(&self, form: &Form) -> std::result::Result<Option<GrammarConstraint>, String> {
         let Some(grammar) = self.grammar(form)? else { return Ok(None) };
-        let parser = self.factory.create_parser(grammar).map_err(|error| shortened(&error.to_string()))?;
-        let mut matcher = Matcher::new(Ok(parser));
-        // What can never begin is found out now, not when the answer is due.
-        matcher.compute_mask_or_eos().map_err(|_| "nothing matches it".to_owned())?;
-        Ok(Some(GrammarConstraint { matcher }))
+        let compile = || {
+            let parser = self.factory.create_parser(grammar).map_err(|error| shortened(&error.to_string()))?;
+            let mut matcher = Matcher::new(Ok(parser));
+            // What can never begin is found out now, not when the answer is due.
+            matcher.compute_mask_or_eos().map_err(|_| "nothing matches it".to_owned())?;
+            Ok(Some(GrammarConstraint { matcher }))
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK_BYTES).spawn_scoped(scope, compile);
+            match thread.map(std::thread::ScopedJoinHandle::join) {
+                Ok(Ok(constraint)) => constraint,
+                Ok(Err(_)) => Err("it is more than can be prepared".to_owned()),
+                Err(error) => Err(format!("it cannot be prepared now: {error}")),
+            }
+        })
     }
 
     fn grammar(&self, form: &Form) -> std::result::Result<Option<TopLevelGrammar>, String> {
@@ -176,6 +190,9 @@ impl Rule {
                     true => Err(format!("expected at most {MAX_SOURCE_BYTES} bytes, got {}", source.len())),
                     false => Ok(GrammarWithLexer::from_lark(source)),
                 }
+            }
+            Rule::Lark(source) if source.lines().count() > MAX_LINES => {
+                Err(format!("expected at most {MAX_LINES} lines, got {}", source.lines().count()))
             }
             Rule::Lark(source) => bounded(source, MAX_SOURCE_BYTES).map(|()| GrammarWithLexer::from_lark(source.clone())),
         }

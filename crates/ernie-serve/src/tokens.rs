@@ -10,6 +10,7 @@ use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
 use crate::chat::{self, ChatMessage};
 use crate::state::Shared;
+use crate::tools::Tool;
 
 /// A text or a conversation.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -33,6 +34,9 @@ pub struct TokenizeRequest {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// For a conversation: functions that the model may call.
+    #[serde(default)]
+    pub tools: Option<Vec<Tool>>,
     /// Also the tokens as the vocabulary spells them.
     #[serde(default)]
     pub return_token_strs: Option<bool>,
@@ -89,7 +93,7 @@ pub async fn tokenize(
                 tokens.map_err(|error| ApiError::field("prompt", error.to_string()))?
             }
             (None, Some(messages)) => {
-                chat::encode(state, messages, request.add_generation_prompt.unwrap_or(true), request.chat_template_kwargs)?
+                chat::encode(state, messages, request.tools, request.add_generation_prompt.unwrap_or(true), request.chat_template_kwargs)?
             }
             _ => return Err(ApiError::field("prompt", "expected one of `prompt` and `messages`")),
         };

@@ -228,7 +228,7 @@ impl Toolbox {
 
     /// What the system says to a model whose template does not know of functions.
     fn instructions(&self) -> String {
-        let described = |f: &Function| json!({"name": f.name, "description": f.description, "parameters": f.parameters}).to_string();
+        let described = |function: &Function| json!(Function { strict: None, ..function.clone() }).to_string();
         let functions: Vec<String> = self.functions.iter().map(described).collect();
         format!(
             "You can call these functions:\n<tools>\n{}\n</tools>\nTo call one, write:\n\
@@ -257,7 +257,7 @@ pub fn write_out(template: &ChatTemplate, toolbox: Option<&Toolbox>, messages: V
                 message.content += &format!("{gap}<tool_call>\n{call}\n</tool_call>");
             }
         }
-        message.fields.clear();
+        message.fields.retain(|(name, _)| !matches!(name.as_str(), "tool_calls" | "tool_call_id"));
         if result {
             message.role = "user".to_owned();
             message.content = format!("<tool_response>\n{}\n</tool_response>", message.content);

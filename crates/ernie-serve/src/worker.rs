@@ -154,7 +154,9 @@ impl Worker {
         metrics.watch(&engine);
         let settings = Arc::new(Current::new(settings));
         let current = Arc::clone(&settings);
-        let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+        // Grammars may call themselves as deep as they are nested.
+        let builder = std::thread::Builder::new().name("engine".to_owned()).stack_size(16 << 20);
+        let thread = builder.spawn(move || {
             let model = Arc::clone(engine.model());
             let running = Running {
                 engine,

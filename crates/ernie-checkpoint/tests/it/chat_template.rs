@@ -132,3 +132,18 @@ fn an_opened_tag_does_not_end_itself() {
         assert!(ChatTemplate::from_source(source).is_err(), "{source}");
     }
 }
+
+#[test]
+fn what_a_template_reads_is_known_and_messages_have_further_fields() {
+    let source = "{%- if not tools is defined %}{% set tools = none %}{% endif %}{% for m in messages %}{{ m.role }}{{ m.tool_call_id }}\
+        {% for call in m.tool_calls %}({{ call.function.name }}: {{ call.function.arguments | tojson }}){% endfor %};{% endfor %}";
+    let template = ChatTemplate::from_source(source).expect("it parses");
+    assert!(template.uses("tools") && template.uses("messages"));
+    assert!(!template.uses("m") && !template.uses("tool_calls"));
+    assert!(!ChatTemplate::builtin().uses("tools") && ChatTemplate::builtin().uses("add_generation_prompt"));
+    let mut calling = Message::new("assistant", "");
+    calling.fields.push(("tool_calls".into(), serde_json::json!([{"function": {"name": "add", "arguments": {"b": 1, "a": [2]}}}])));
+    let mut result = Message::new("tool", "3");
+    result.fields.push(("tool_call_id".into(), "x1".into()));
+    assert_eq!(render(&template, &[calling, result]).expect("renders"), "assistant(add: {\"b\": 1, \"a\": [2]});toolx1;");
+}

@@ -79,7 +79,7 @@ fn wait(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Every route with what it needs; `None` is public. Written down apart from the server's own table.
-const ROUTES: [(&str, &str, Option<Scope>); 18] = [
+const ROUTES: [(&str, &str, Option<Scope>); 21] = [
     ("GET", "/health/live", None),
     ("GET", "/health/ready", None),
     ("GET", "/openapi.json", None),
@@ -91,6 +91,9 @@ const ROUTES: [(&str, &str, Option<Scope>); 18] = [
     ("POST", "/v1/tokenize", Some(Scope::Tokenize)),
     ("POST", "/v1/detokenize", Some(Scope::Tokenize)),
     ("GET", "/metrics", Some(Scope::Metrics)),
+    ("GET", "/v1/live", Some(Scope::Metrics)),
+    ("GET", "/admin/api/settings", Some(Scope::Admin)),
+    ("PATCH", "/admin/api/settings", Some(Scope::Admin)),
     ("GET", "/admin/api/session", Some(Scope::Admin)),
     ("GET", "/admin/api/keys", Some(Scope::Admin)),
     ("POST", "/admin/api/keys", Some(Scope::Admin)),

@@ -199,6 +199,14 @@ impl Client<'_> {
         for (name, value) in &self.headers {
             request = request.header(name, value);
         }
+        // A stream that does not end: its head.
+        if path == "/v1/live" && body.is_none() {
+            let response = self.server.agent.run(request.body(()).unwrap()).unwrap();
+            if response.status() == 200 {
+                return Reply { status: 200, headers: response.headers().clone(), text: String::new() };
+            }
+            return Running::reply(Ok(response));
+        }
         Running::reply(match body {
             None => self.server.agent.run(request.body(()).unwrap()),
             Some(body) => {

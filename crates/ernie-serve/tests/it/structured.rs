@@ -205,6 +205,7 @@ fn what_cannot_be_obeyed_is_refused_with_its_field() {
         ("guided_grammar", json!({"guided_grammar": "start: missing"})),
         ("guided_grammar", json!({ "guided_grammar": deep })),
         ("guided_grammar", json!({"guided_grammar": format!("start: r0\n{chain}")})),
+        ("guided_regex", json!({"guided_regex": "x".repeat(10_000)})),
         ("guided_regex", json!({"guided_regex": "a", "guided_choice": ["a"], "response_format": {"type": "text"}})),
         ("structured_outputs", json!({"structured_outputs": {}})),
         ("structured_outputs.regex", json!({"structured_outputs": {"regex": "a", "json": {}}})),
@@ -230,8 +231,12 @@ fn what_cannot_be_obeyed_is_refused_with_its_field() {
 #[test]
 fn hostile_forms_do_no_harm() {
     let server = Running::start();
-    let chain = |end: &str| format!("start: r0\n{}r8000: {end}\n", (0..8000).map(|i| format!("r{i}: r{}\n", i + 1)).collect::<String>());
+    let chain = |end: &str| format!("start: r0\n{}r3990: {end}\n", (0..3990).map(|i| format!("r{i}: r{}\n", i + 1)).collect::<String>());
     let nested = |depth: usize| (0..depth).fold(json!({"type": "boolean"}), |inner, _| json!({"type": "array", "items": inner}));
+    let definitions = |key: &str| {
+        let links = (0..4000).map(|i| (format!("d{i}"), json!({key: [{"$ref": format!("#/$defs/d{}", i + 1)}]})));
+        links.chain([("d4000".to_owned(), json!({"type": "boolean"}))]).collect::<serde_json::Map<String, Value>>()
+    };
     let optional: String = (0..4000).map(|i| format!("(a{i})?")).collect();
     let properties: serde_json::Map<String, Value> = (0..3000).map(|i| (format!("property{i}"), json!({"type": "string"}))).collect();
     let cases = [
@@ -247,6 +252,7 @@ fn hostile_forms_do_no_harm() {
         json!({"guided_regex": format!("{}a{}", "(".repeat(99), ")*".repeat(99))}),
         json!({"guided_grammar": chain("\"a\"")}),
         json!({"guided_grammar": chain("r0")}),
+        json!({"guided_grammar": chain("\"a\"").replace('r', "R").replace("staRt", "start")}),
         json!({"guided_grammar": "start: a\na: a a | \"x\" | \"\""}),
         json!({"guided_grammar": format!("start: {}", "(\"a\" | ".repeat(99) + "\"b\"" + &")".repeat(99))}),
         json!({"guided_grammar": format!("start: {}", "\"a\" ".repeat(50_000))}),
@@ -260,6 +266,8 @@ fn hostile_forms_do_no_harm() {
         json!({"guided_json": {"type": "array", "items": {"type": "integer"}, "minItems": 100_000}}),
         json!({"guided_json": {"const": "z".repeat(200_000)}}),
         json!({"guided_json": {"$ref": "#"}}),
+        json!({"guided_json": {"$defs": definitions("allOf"), "$ref": "#/$defs/d0"}}),
+        json!({"guided_json": {"$defs": definitions("anyOf"), "$ref": "#/$defs/d0"}}),
         json!({"guided_json": {"allOf": [{"$ref": "#"}]}}),
         json!({"guided_json": {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}}),
         json!({"guided_json": {"type": "string", "pattern": "(a*)*(b|a*)*$"}}),

@@ -120,10 +120,15 @@ fn calls_that_must_come_do_and_their_arguments_obey() {
     }
     assert!(names.len() >= 2, "{names:?}");
     // Cut off: the arguments so far, and it says so.
-    let cut = ask(json!({"tool_choice": named("weather"), "max_tokens": 24, "seed": 1}));
-    let reply = server.post("/v1/chat/completions", &cut).json();
-    let (turn, reason) = whole(&reply["choices"][0]);
-    assert!(reason == "length" && turn["calls"][0]["arguments"].as_str().unwrap().starts_with('{'), "{reply}");
+    let mut body = ask(json!({"tool_choice": named("weather"), "parallel_tool_calls": false, "seed": 1}));
+    let reply = server.post("/v1/chat/completions", &body).json();
+    // Without the last of `"}`, `}` and the closing mark.
+    body["max_tokens"] = json!(reply["usage"]["completion_tokens"].as_u64().unwrap() - 12);
+    let cut = server.post("/v1/chat/completions", &body).json();
+    let [(all, reason), (some, cut_reason)] = [&reply, &cut].map(|reply| whole(&reply["choices"][0]));
+    assert_eq!((reason.as_str(), cut_reason.as_str()), ("tool_calls", "length"));
+    let [all, some] = [&all, &some].map(|turn| turn["calls"][0]["arguments"].as_str().unwrap().to_owned());
+    assert!(all.starts_with(&some) && some.starts_with('{'), "{some} of {all}");
 }
 
 #[test]
@@ -147,47 +152,28 @@ fn several_calls_each_have_their_place() {
 fn calls_and_thoughts_are_read_from_the_text() {
     let server = start(ServeConfig { reasoning_parser: ReasoningParser::Ernie, ..ServeConfig::default() });
     let call = "<tool_call>\n{\"name\": \"paint\", \"arguments\": {\"colour\": \"red\"}}\n</tool_call>";
+    let painted = json!([{"name": "paint", "arguments": "{\"colour\": \"red\"}"}]);
     let cases = [
-        (
-            format!("Sure.\n{call}\n"),
-            json!({"content": "Sure.", "reasoning": "", "calls": [["paint", "{\"colour\": \"red\"}"]]}),
-            "tool_calls",
-        ),
-        (
-            format!("<think>\nHm.\n</think>\n\n{call}"),
-            json!({"content": "", "reasoning": "Hm.", "calls": [["paint", "{\"colour\": \"red\"}"]]}),
-            "tool_calls",
-        ),
+        (format!("Sure.\n{call}\n"), json!({"content": "Sure.", "reasoning": "", "calls": painted}), "tool_calls"),
+        (format!("<think>\nHm.\n</think>\n\n{call}"), json!({"content": "", "reasoning": "Hm.", "calls": painted}), "tool_calls"),
         (
             "<think>\nHm.\n</think>\n\n<response>\nYes.\n</response>\n".to_owned(),
             json!({"content": "Yes.", "reasoning": "Hm.", "calls": []}),
             "stop",
         ),
-        ("<tool_call>oops</tool_call>".to_owned(), json!({"content": "<tool_call>oops</tool_call>", "reasoning": "", "calls": []}), "stop"),
     ];
     for (text, expected, reason) in cases {
-        let mut expected = expected;
-        for call in expected["calls"].as_array_mut().unwrap() {
-            *call = json!({"name": call[0], "arguments": call[1]});
-        }
-        // Spelled out by force. Where a form is asked for beside tools a call may come in its place; the bias is against how such a call would begin.
-        let mut body = ask(json!({"guided_choice": [text], "logprobs": true, "temperature": 0}));
-        if !text.starts_with('<') || text.contains("oops") {
-            body["tool_choice"] = json!("auto");
-        }
-        if text.starts_with("<tool_call>oops") {
-            body["tools"] = json!([]);
-        }
+        // Spelled out by force. A call may come in the place of a text that has a form: the beginning decides, and biases decide the beginning.
+        let ids = |text: &str| nano::tokenizer().encode(text, false).unwrap();
+        let first: String = text.chars().take(7).collect();
+        let bias: serde_json::Map<String, Value> = ids("<tool_call>")
+            .iter()
+            .map(|id| (id.to_string(), json!(-100)))
+            .chain(ids(&first).iter().map(|id| (id.to_string(), json!(100))))
+            .collect();
+        let mut body = ask(json!({"guided_choice": [text], "logprobs": true, "temperature": 0, "logit_bias": bias}));
         let reply = server.post("/v1/chat/completions", &body).json();
-        let (turn, ended) = whole(&reply["choices"][0]);
-        if turn["calls"].as_array().unwrap().len() == 1 && expected["calls"] == json!([]) {
-            continue;
-        }
-        if turn["content"] != expected["content"] || turn["reasoning"] != expected["reasoning"] {
-            assert_eq!(ended, "tool_calls", "a call in the text's place: {turn}");
-            continue;
-        }
-        assert_eq!((turn, ended.as_str()), (expected, reason), "{text:?}");
+        assert_eq!(whole(&reply["choices"][0]), (expected, reason.to_owned()), "{text:?}");
         body["stream"] = json!(true);
         let events = server.post("/v1/chat/completions", &body).events();
         assert_eq!(put_together(&events), whole(&reply["choices"][0]));
@@ -219,19 +205,24 @@ fn a_conversation_with_calls_is_rendered() {
         {"role": "tool", "tool_call_id": "call_2", "content": "noon"},
         {"role": "user", "content": "Thanks."}
     ]);
-    let prompt = |server: &Running, messages: &Value| {
-        let tokens = server.post("/v1/tokenize", &json!({ "messages": messages })).json()["tokens"].clone();
+    let prompt_with = |server: &Running, messages: &Value, tools: &Value| {
+        let tokens = server.post("/v1/tokenize", &json!({ "messages": messages, "tools": tools })).json()["tokens"].clone();
         server.post("/v1/detokenize", &json!({ "tokens": tokens })).json()["prompt"].as_str().unwrap().to_owned()
     };
+    let prompt = |server: &Running, messages: &Value| prompt_with(server, messages, &Value::Null);
     let expected = "User: Paint it.\nAssistant: <tool_call>\n{\"name\":\"paint\",\"arguments\":{\"colour\":\"red\"}}\n</tool_call>\n\
         <tool_call>\n{\"name\":\"now\",\"arguments\":{}}\n</tool_call><|end_of_sentence|>User: <tool_response>\ndone\n</tool_response>\n\
         <tool_response>\nnoon\n</tool_response>\nUser: Thanks.\nAssistant: ";
     assert!(prompt(&server, &messages).ends_with(expected), "{}", prompt(&server, &messages));
-    let body = json!({"messages": messages, "tools": [tools()[2]], "max_tokens": 3});
-    let with_tools = server.post("/v1/chat/completions", &body).json()["usage"]["prompt_tokens"].as_u64().unwrap();
-    let without =
-        server.post("/v1/chat/completions", &json!({"messages": messages, "max_tokens": 3})).json()["usage"]["prompt_tokens"].clone();
-    assert!(with_tools > without.as_u64().unwrap() + 100, "the functions are in the prompt");
+    let told = "<|begin_of_sentence|>Be kind.\n\nYou can call these functions:\n<tools>\n{\"name\":\"now\"}\n</tools>\nTo call one, write:\n\
+        <tool_call>\n{\"name\": \"...\", \"arguments\": {...}}\n</tool_call>\nThe result comes as <tool_response>.\nUser: Hi\nAssistant: ";
+    let hello = json!([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]);
+    assert_eq!(prompt_with(&server, &hello, &json!([tools()[1]])), told);
+    assert_eq!(prompt_with(&server, &json!([hello[1]]), &json!([tools()[1]])), told.replace("Be kind.\n\n", ""));
+    // A chat has the same prompt.
+    let body = json!({"messages": hello, "tools": [tools()[1]], "max_tokens": 3});
+    let chat = server.post("/v1/chat/completions", &body).json()["usage"]["prompt_tokens"].clone();
+    assert_eq!(chat, server.post("/v1/tokenize", &body).json()["count"]);
 
     // A template that knows of tools does it all itself.
     let source = "{% if tools %}{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }}\
@@ -239,6 +230,7 @@ fn a_conversation_with_calls_is_rendered() {
     let server = Running::with_template(ServeConfig::default(), ChatTemplate::from_source(source).unwrap());
     let expected = "user:Paint it.|assistant:paint=red;now=;|tool:donecall_1|tool:nooncall_2|user:Thanks.|";
     assert_eq!(prompt(&server, &messages), expected);
+    assert_eq!(prompt_with(&server, &messages, &tools()), format!("[weather][now][paint]{expected}"));
 
     for (param, message) in [
         (

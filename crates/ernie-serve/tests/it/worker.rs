@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ernie_checkpoint::Tokenizer;
 use ernie_engine::{Engine, EngineOptions, FinishReason, Request, SamplingParams};
 use ernie_serve::{Event, Job, Metrics, Refused, Settings, Task, Worker};
 use tokio::sync::mpsc;
@@ -126,6 +127,25 @@ fn stopping_waits_for_nobody() {
     worker.stop();
     thread.join().unwrap();
     assert_eq!(read(receiver).2, None);
+}
+
+#[test]
+fn marks_of_turns_are_text_even_as_special_tokens() {
+    // The embedded model's tokenizer with a mark in the place of a byte that no text has.
+    let text = std::fs::read_to_string(nano::folder().join("tokenizer.json")).unwrap().replace("\"<0x00>\"", "\"<think>\"");
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let id = json["model"]["vocab"]["<think>"].as_u64().unwrap() as u32;
+    let mut token = json["added_tokens"][0].clone();
+    (token["id"], token["content"]) = (id.into(), "<think>".into());
+    json["added_tokens"].as_array_mut().unwrap().push(token);
+    let tokenizer = Arc::new(Tokenizer::from_tokenizer_json(json.to_string().as_bytes(), "marked.json").unwrap());
+    assert!(tokenizer.is_special(id) && tokenizer.decode(&[id], true).is_empty());
+    let engine = Engine::new(nano::model(), EngineOptions { cache_bytes: 64 << 20, ..EngineOptions::default() }).unwrap();
+    let (worker, thread) = Worker::start(engine, 2, tokenizer, Arc::new(Metrics::new()), 2).unwrap();
+    let params = SamplingParams { logit_bias: vec![(id, 100.0)], ..greedy(2) };
+    assert_eq!(read(submit(&worker, params, 10)), (vec![id; 2], "<think><think>".to_owned(), Some(FinishReason::Length)));
+    worker.close();
+    thread.join().unwrap();
 }
 
 #[test]
