@@ -141,7 +141,8 @@ fn marks_of_turns_are_text_even_as_special_tokens() {
     let tokenizer = Arc::new(Tokenizer::from_tokenizer_json(json.to_string().as_bytes(), "marked.json").unwrap());
     assert!(tokenizer.is_special(id) && tokenizer.decode(&[id], true).is_empty());
     let engine = Engine::new(nano::model(), EngineOptions { cache_bytes: 64 << 20, ..EngineOptions::default() }).unwrap();
-    let (worker, thread) = Worker::start(engine, 2, tokenizer, Arc::new(Metrics::new()), 2).unwrap();
+    let settings = Settings { dynamic_batching: true, max_batch_size: 2 };
+    let (worker, thread) = Worker::start(engine, settings, tokenizer, Arc::new(Metrics::new()), 2).unwrap();
     let params = SamplingParams { logit_bias: vec![(id, 100.0)], ..greedy(2) };
     assert_eq!(read(submit(&worker, params, 10)), (vec![id; 2], "<think><think>".to_owned(), Some(FinishReason::Length)));
     worker.close();
