@@ -51,7 +51,7 @@ fn every_answer_obeys_its_schema() {
             assert_eq!(schemas::fault(schema, &value), None);
         }
         different += usize::from(answers.iter().any(|answer| *answer != answers[0]));
-        if index % 4 == 0 {
+        if index.is_multiple_of(4) {
             let body = chat(json!({"response_format": format, "seed": 100 * index}));
             assert_eq!(streamed(&server, "/v1/chat/completions", body), answers[0].0, "streamed");
         }
