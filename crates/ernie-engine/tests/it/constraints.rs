@@ -86,9 +86,9 @@ fn answers_are_those_of_a_masked_sampler_in_any_company() {
         let model = Arc::new(golden.model(WeightDtype::F32));
         assert_eq!(model.config().vocab_size, VOCAB as usize, "{name}");
         let params = |seed: u64| SamplingParams {
-            temperature: if seed % 3 == 0 { 0.0 } else { 1.0 },
+            temperature: if seed.is_multiple_of(3) { 0.0 } else { 1.0 },
             top_k: if seed % 3 == 2 { 5 } else { 0 },
-            repetition_penalty: if seed % 2 == 0 { 1.0 } else { 1.2 },
+            repetition_penalty: if seed.is_multiple_of(2) { 1.0 } else { 1.2 },
             seed,
             max_tokens: 30,
             ..SamplingParams::default()

@@ -51,7 +51,7 @@ fn every_answer_obeys_its_schema() {
             assert_eq!(schemas::fault(schema, &value), None);
         }
         different += usize::from(answers.iter().any(|answer| *answer != answers[0]));
-        if index % 4 == 0 {
+        if index.is_multiple_of(4) {
             let body = chat(json!({"response_format": format, "seed": 100 * index}));
             assert_eq!(streamed(&server, "/v1/chat/completions", body), answers[0].0, "streamed");
         }
@@ -68,6 +68,9 @@ fn every_answer_obeys_its_schema() {
     assert!(different > 15, "only {different} schemas gave more than one answer");
 }
 
+/// Whether a text has its form.
+type Fits<'a> = &'a dyn Fn(&str) -> bool;
+
 #[test]
 fn objects_regexes_choices_and_grammars() {
     let server = Running::start();
@@ -77,7 +80,7 @@ fn objects_regexes_choices_and_grammars() {
         assert!(text.starts_with('{') && (reason == "length" || serde_json::from_str::<Value>(&text).unwrap().is_object()), "{text}");
     }
     let digits = |text: &str| text.len() == 8 && text.bytes().enumerate().all(|(i, b)| if i == 3 { b == b'-' } else { b.is_ascii_digit() });
-    let cases: [(Value, &dyn Fn(&str) -> bool); 8] = [
+    let cases: [(Value, Fits); 8] = [
         (json!({"guided_regex": "[0-9]{3}-[0-9]{4}"}), &digits),
         (json!({"structured_outputs": {"regex": "[0-9]{3}-[0-9]{4}"}}), &digits),
         (json!({"guided_regex": "(yes|no)( indeed)?\\."}), &|text| ["yes.", "no.", "yes indeed.", "no indeed."].contains(&text)),
