@@ -47,7 +47,7 @@ async fn what_is_written_is_read_back_after_opening_again() {
         let (read, hash) = store.key(&made.id).await.unwrap().unwrap();
         assert_eq!(read, made);
         assert!(!presented.contains(&hash) && store.key("' OR 1=1 --").await.unwrap().is_none());
-        assert_eq!(store.keys().await.unwrap(), [made.clone()]);
+        assert_eq!(store.keys().await.unwrap(), std::slice::from_ref(&made));
         let audit =
             Audit { at: 5, actor: Actor::Key("x".into()), action: "settings.change", target: "max_batch_size".into(), detail: "2".into() };
         store.log(&audit).await.unwrap();
