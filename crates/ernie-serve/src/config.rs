@@ -6,6 +6,7 @@ use ernie_engine::{DraftOptions, EngineOptions, KvDtype, LoadOptions, WeightDtyp
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::accounts::database::Database;
 use crate::error::{Error, Result};
 
 /// What the names of environment variables begin with; the key of the configuration in capitals follows.
@@ -232,6 +233,9 @@ impl ServeConfig {
         if let Some((key, value)) = amounts.iter().find(|(_, value)| !(0.0..=1e6).contains(value)) {
             return Err(refuse(format!("{key}: expected an amount from 0 to 1000000, got {value}")));
         }
+        if let Some(name) = &self.database {
+            Database::named(Some(name)).map_err(|error| refuse(error.to_string()))?;
+        }
         if !(1..=16).contains(&self.currency.chars().count()) || self.currency.chars().any(char::is_control) {
             return Err(refuse(format!("currency: expected a name of 1 to 16 characters, got {:?}", self.currency)));
         }
@@ -348,6 +352,7 @@ mod tests {
         }
         for (flags, part) in [
             ("currency = \"\"", "currency"),
+            ("database = \"mysql://x\"", "sqlite:PATH"),
             ("modelled_watts = -1.0", "modelled_watts"),
             ("max_queue = 0", "max_queue"),
             ("cache_mib = 10000000000", "cache_mib"),

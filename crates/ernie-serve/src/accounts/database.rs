@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::SqlSafeStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Connection, SqlSafeStr};
 
 use super::store::{Store, StoreError};
 
@@ -69,14 +69,11 @@ impl Database {
             Database::File(path) => {
                 prepare(path).map_err(|error| failed(error.into()))?;
                 let options = sqlite_options().filename(path).create_if_missing(true);
-                Store::Sqlite(
-                    SqlitePoolOptions::new()
-                        .max_connections(CONNECTIONS)
-                        .acquire_timeout(PATIENCE)
-                        .connect_with(options)
-                        .await
-                        .map_err(failed)?,
-                )
+                let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+                // A full disk can make SQLite end a transaction by itself; sqlx then counts it as open for ever, takes the next for a part of it, and
+                // what it says is committed never is. Such a connection is closed instead of used again.
+                let pool = pool.before_acquire(|connection, _| Box::pin(async { Ok(!connection.is_in_transaction()) }));
+                Store::Sqlite(pool.connect_with(options).await.map_err(failed)?)
             }
             Database::Memory => {
                 // One connection that never ends: each has a memory of its own.

@@ -109,12 +109,14 @@ pub struct Limiter {
     keys: Mutex<HashMap<String, Counters>>,
 }
 
-impl Limiter {
-    /// Nothing used.
-    pub fn new() -> Self {
+/// Nothing used.
+impl Default for Limiter {
+    fn default() -> Self {
         Limiter { began: Instant::now(), keys: Mutex::default() }
     }
+}
 
+impl Limiter {
     fn with<T>(&self, key_id: &str, work: impl FnOnce(&mut Counters, u64) -> T) -> T {
         let now = self.began.elapsed().as_secs();
         // Numbers only: none is half changed.
@@ -197,7 +199,7 @@ mod tests {
 
     #[test]
     fn reservations_see_those_before_them_and_leave_what_was_used() {
-        let limiter = Arc::new(Limiter::new());
+        let limiter = Arc::new(Limiter::default());
         let amount = Amount { tokens: 30, money: 7 };
         let (mut first, others) = limiter.reserve("a", amount, Some(100)).unwrap();
         assert_eq!(others, Amount::default());

@@ -2,7 +2,7 @@
 //!
 //! Keys, usage and the audit log are in a database ([`store`]). Every request reads its key there, so a key that was revoked, by whichever process, is refused from
 //! the next request on. The minute's limits and what is set aside for requests under way are in this process ([`limits`]). Usage is committed before an
-//! answer ends ([`charge`], [`writer`]).
+//! answer ends ([`charge`], and the task in `writer`).
 pub mod access;
 pub mod calendar;
 pub mod charge;
@@ -77,7 +77,7 @@ impl Accounts {
         let store = Database::named(config.database.as_deref())?.open().await?;
         let (writer, messages) = mpsc::unbounded_channel();
         let (power, counters) = Power::new(config.modelled_watts);
-        let (limiter, power, healthy) = (Arc::new(Limiter::new()), Arc::new(power), Arc::new(AtomicBool::new(true)));
+        let (limiter, power, healthy) = (Arc::new(Limiter::default()), Arc::new(power), Arc::new(AtomicBool::new(true)));
         tokio::spawn(writer::write(store.clone(), Arc::clone(&healthy), messages));
         if let Some(mut counters) = counters {
             let power = Arc::downgrade(&power);

@@ -172,7 +172,7 @@ impl Store {
     /// # Errors
     /// The database is away, as with all that follow.
     pub async fn has_keys(&self) -> Result<bool> {
-        let sql = "SELECT CAST(COUNT(*) AS BIGINT) FROM (SELECT 1 AS one FROM api_keys LIMIT 1) AS some";
+        let sql = "SELECT CAST(COUNT(*) AS BIGINT) FROM (SELECT 1 AS one FROM api_keys LIMIT 1) AS first_one";
         let (count,): (i64,) = on!(self, pool => sqlx::query_as(sql).fetch_one(pool).await?);
         Ok(count > 0)
     }

@@ -387,6 +387,21 @@ fn budgets_hold_against_requests_at_the_same_time() {
     }
 }
 
+/// What was set aside for an answer that nobody waited for is free again, but for what was generated.
+#[test]
+fn a_client_that_leaves_gives_back_its_budget() {
+    let accounts = Accounts::start(databases::file());
+    let key = accounts.limited(Limits { tokens_per_month: Some(7300), tokens_per_minute: Some(7300), ..Limits::default() });
+    let body = json!({"prompt": vec![7; 10], "max_tokens": 450, "ignore_eos": true, "stream": true, "n": 16}).to_string();
+    let mut connection = TcpStream::connect(accounts.server.address).unwrap();
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n");
+    write!(connection, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    connection.read_exact(&mut [0; 300]).unwrap();
+    assert_eq!(accounts.complete(&key, 190).status, 429, "the stream has the most of it");
+    drop(connection);
+    wait("it is given back", || accounts.complete(&key, 190).status == 200);
+}
+
 /// What is in the books is what the answers said, request by request, and of those that were left what was generated.
 #[test]
 fn usage_is_what_the_answers_reported() {

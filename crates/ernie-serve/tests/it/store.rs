@@ -47,7 +47,7 @@ async fn what_is_written_is_read_back_after_opening_again() {
         let (read, hash) = store.key(&made.id).await.unwrap().unwrap();
         assert_eq!(read, made);
         assert!(!presented.contains(&hash) && store.key("' OR 1=1 --").await.unwrap().is_none());
-        assert_eq!(store.keys().await.unwrap(), [made.clone()]);
+        assert_eq!(store.keys().await.unwrap(), std::slice::from_ref(&made));
         let audit =
             Audit { at: 5, actor: Actor::Key("x".into()), action: "settings.change", target: "max_batch_size".into(), detail: "2".into() };
         store.log(&audit).await.unwrap();
@@ -126,9 +126,14 @@ async fn a_full_disk_is_an_error_and_what_was_there_stays() {
     let error = store.add_usage(("two", 10), many.iter(), std::iter::empty()).await.unwrap_err().to_string();
     assert!(error.contains("full"), "{error}");
     assert_eq!(store.usage_since("k", "2024-01-01".parse().unwrap()).await.unwrap().requests, 1);
-    let room = Database::named(Some(&database.name)).unwrap().open().await.unwrap();
-    room.add_usage(("two", 10), many.iter(), std::iter::empty()).await.unwrap();
-    assert_eq!(room.usage_since("k", "2024-01-01".parse().unwrap()).await.unwrap().requests, 501);
+    // There is room again, for new connections. Those that failed must not be taken for good ones: sqlx's count of their transactions is wrong.
+    let mut tried = 0;
+    while store.add_usage(("two", 10), many.iter(), std::iter::empty()).await.is_err() {
+        tried += 1;
+        assert!(tried < 10);
+    }
+    let other = Database::named(Some(&database.name)).unwrap().open().await.unwrap();
+    assert_eq!(other.usage_since("k", "2024-01-01".parse().unwrap()).await.unwrap().requests, 501);
 }
 
 #[tokio::test]
@@ -142,39 +147,4 @@ async fn tables_of_a_newer_version_are_left_alone() {
     store.close().await;
     let error = named.open().await.unwrap_err().to_string();
     assert!(error.contains("newer version"), "{error}");
-}
-
-#[tokio::test]
-#[ignore]
-async fn timing() {
-    for database in tokio::task::spawn_blocking(databases::all).await.unwrap() {
-        let store = Database::named(Some(&database.name)).unwrap().open().await.unwrap();
-        let (key, _) = create_key(&store, Grant::new("k"), Actor::Local).await.unwrap();
-        for mode in ["as is", "FULL"] {
-            if mode == "FULL" {
-                let Store::Sqlite(pool) = &store else { continue };
-                let mut all = Vec::new();
-                for _ in 0..4 {
-                    let mut c = pool.acquire().await.unwrap();
-                    sqlx::query("PRAGMA synchronous = FULL").execute(&mut *c).await.unwrap();
-                    all.push(c);
-                }
-            }
-            let began = std::time::Instant::now();
-            for i in 0..1000 {
-                add(&store, &format!("{mode}{i}"), vec![usage("2024-01-31", &key.id, "m", 1)]).await;
-            }
-            println!("{} {mode}: {:?} a commit", database.name, began.elapsed() / 1000);
-        }
-        let began = std::time::Instant::now();
-        for _ in 0..1000 {
-            store.key(&key.id).await.unwrap().unwrap();
-        }
-        println!("{:?} a key", began.elapsed() / 1000);
-        let began = std::time::Instant::now();
-        for _ in 0..1000 {
-            store.usage_since(&key.id, "2024-01-01".parse().unwrap()).await.unwrap();
-        }
-        println!("{:?} a month", began.elapsed() / 1000);
-    }
 }
