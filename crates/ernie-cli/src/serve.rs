@@ -158,7 +158,8 @@ pub fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let listening = |address| {
         let to_whom = if has_keys { "to those who have a key" } else { "for this machine alone: no keys are configured" };
         // Nobody reading it is no reason not to serve.
-        let _ = writeln!(std::io::stdout().lock(), "{name} is served at {}/v1 {to_whom}", ernie_serve::url(scheme, address));
+        let url = ernie_serve::url(scheme, address);
+        let _ = writeln!(std::io::stdout().lock(), "{name} is served at {url}/v1 {to_whom}; a page to talk with it is {url}/");
     };
     match ernie_serve::serve_until_signal(config, served, listening) {
         Err(ernie_serve::Error::Stopped) => Err(Outcome::Interrupted.into()),
