@@ -27,6 +27,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ernie", type=Path)
     parser.add_argument("--model", type=Path, help="default: the built-in one")
+    parser.add_argument("--cache-mib", type=int, default=64, help="of the server, so that its cache is full before memory is watched; default: 64")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--load", type=float, default=0.8, help="share of the saturated rate; default: 0.8")
     parser.add_argument("--seed", type=int, default=1)
@@ -69,7 +70,7 @@ async def main():
         database = f"sqlite:{folder}/serve.db"
         key, id = make_key(options, database)
         admin, _ = make_key(options, database, "admin")
-        command = [options.ernie, "serve", "--port", str(port), "--database", database, "--log-level", "error"]
+        command = [options.ernie, "serve", "--port", str(port), "--database", database, "--log-level", "error", "--cache-mib", str(options.cache_mib)]
         server = subprocess.Popen(command + (["--model", options.model] if options.model else []), stdout=subprocess.DEVNULL)
         root = f"http://127.0.0.1:{port}"
         try:
