@@ -29,13 +29,20 @@ pub(crate) struct Drafter {
     /// Tokens to guess next time: grows while guesses are right.
     length: usize,
     max: usize,
+    /// Guesses in a row of which nothing was right.
+    misses: u32,
+    /// Steps in which nothing is guessed yet.
+    pause: u32,
 }
+
+/// The longest pause, in steps, is two to this power: a text that begins to repeat itself is noticed within a sentence or two.
+const LONGEST_PAUSE: u32 = 6;
 
 impl Drafter {
     /// For a text of about `tokens` tokens, for which memory is taken now; a longer one takes more when it comes to that.
     pub fn new(options: DraftOptions, tokens: usize) -> Self {
         let ends = HashMap::with_capacity(if options.max_tokens == 0 { 0 } else { tokens });
-        Drafter { ends, indexed: 0, length: options.max_tokens.min(4), max: options.max_tokens }
+        Drafter { ends, indexed: 0, length: options.max_tokens.min(4), max: options.max_tokens, misses: 0, pause: 0 }
     }
 
     /// Tokens that may follow `tokens`, at most `most` of them, into `draft`.
@@ -52,6 +59,10 @@ impl Drafter {
                 self.ends.insert(*key, self.indexed as u32);
             }
         }
+        if self.pause > 0 {
+            self.pause -= 1;
+            return;
+        }
         let Some(&end) = tokens.last_chunk::<KEY>().and_then(|key| self.ends.get(key)) else { return };
         let following = &tokens[end as usize..];
         draft.extend(following.iter().take(most));
@@ -62,11 +73,14 @@ impl Drafter {
         }
     }
 
-    /// Learns how much of a guess was right.
+    /// Learns how much of a guess was right. After guesses that were wrong altogether it rests, twice as long after each: where memory is not the limit, checking
+    /// them costs as much as a few tokens.
     pub fn learn(&mut self, guessed: usize, right: usize) {
         if guessed == 0 {
             return;
         }
+        self.misses = if right == 0 { (self.misses + 1).min(LONGEST_PAUSE + 1) } else { 0 };
+        self.pause = (1 << self.misses.saturating_sub(1)) - 1;
         self.length = if right == guessed { (self.length * 2).min(self.max) } else { (right + 1).clamp(2.min(self.max), self.max) };
     }
 }
@@ -116,5 +130,18 @@ mod tests {
         drafter.learn(4, 0);
         assert_eq!(guess(&mut drafter, &tokens, 99).len(), 2);
         assert!(guess(&mut Drafter::new(DraftOptions { max_tokens: 0 }, 0), &tokens, 99).is_empty());
+    }
+
+    #[test]
+    fn wrong_guesses_make_it_rest_and_a_right_one_wakes_it() {
+        let mut drafter = Drafter::new(DraftOptions { max_tokens: 12 }, 0);
+        let tokens: Vec<u32> = (0..40).chain(0..20).collect();
+        for misses in 1..12 {
+            let rests = (0..).take_while(|_| guess(&mut drafter, &tokens, 9).is_empty()).count();
+            assert_eq!(rests, if misses == 1 { 0 } else { (1 << (misses - 2).min(6)) - 1 }, "after {} misses", misses - 1);
+            drafter.learn(2, 0);
+        }
+        drafter.learn(2, 1);
+        assert_eq!(guess(&mut drafter, &tokens, 9).len(), 2);
     }
 }
