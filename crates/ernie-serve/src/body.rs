@@ -47,6 +47,10 @@ impl JsonBody {
     /// # Errors
     /// 400 that names the field at fault, if it is one.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        // Fields by their places in a list would be taken too.
+        if self.0.trim_ascii_start().first() == Some(&b'[') {
+            return Err(ApiError::request(StatusCode::BAD_REQUEST, None, "expected a JSON object, got a list"));
+        }
         let mut json = serde_json::Deserializer::from_slice(&self.0);
         let refuse = |error: &serde_json::Error, param: Option<String>| {
             let place = param.as_ref().map_or(String::new(), |param| format!("`{param}`: "));
@@ -55,8 +59,16 @@ impl JsonBody {
         };
         let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let path = error.path().to_string();
+            let inside = (path != ".").then_some(path);
+            let text = error.inner().to_string();
+            let missing = text.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
+            let field = match (inside, missing) {
+                (Some(path), Some(missing)) => Some(format!("{path}.{missing}")),
+                (None, Some(missing)) => Some(missing.to_owned()),
+                (inside, None) => inside,
+            };
             // What is no JSON is nobody's field.
-            refuse(error.inner(), (path != "." && error.inner().is_data()).then_some(path))
+            refuse(error.inner(), field.filter(|_| error.inner().is_data()))
         })?;
         json.end().map_err(|error| refuse(&error, None))?;
         Ok(value)

@@ -8,7 +8,7 @@ use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
@@ -17,6 +17,7 @@ use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
 use crate::completions::finite;
 use crate::config::ReasoningParser;
+use crate::fields::{self, Known};
 use crate::grammar::Form;
 use crate::prompt;
 use crate::request_id::RequestId;
@@ -313,6 +314,8 @@ pub async fn chat_completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("ChatRequest"));
+    fields::check(&body, &KNOWN)?;
     let request = ChatRequest { chat: body.parse()?, sampling: body.parse()?, structured: body.parse()?, tools: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let (ids, wanted, reading) = state.compute(|state| prepare(state, request)).await?;

@@ -7,7 +7,7 @@ use ernie_checkpoint::Tokenizer;
 use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
@@ -16,6 +16,7 @@ use crate::accounts::charge::Charge;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
+use crate::fields::{self, Known};
 use crate::grammar::Form;
 use crate::prompt::Prompt;
 use crate::request_id::RequestId;
@@ -193,6 +194,8 @@ pub async fn completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("CompletionRequest"));
+    fields::check(&body, &KNOWN)?;
     let request = CompletionRequest { completion: body.parse()?, sampling: body.parse()?, structured: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let Prepared { prompts, echo, wanted, n, logprobs } = state.compute(|state| prepare(state, request)).await?;

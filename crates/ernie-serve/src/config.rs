@@ -199,6 +199,10 @@ impl ServeConfig {
         for (name, text) in environment {
             let Some(key) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
             let key = key.to_ascii_lowercase();
+            // What Kubernetes and Docker tell of a service that is called ernie-serve.
+            if key.starts_with("service_") || key.starts_with("port_") || (key == "port" && text.contains("://")) {
+                continue;
+            }
             // Text, unless the default says that it is something else.
             let value = match defaults.get(&key) {
                 None | Some(Value::String(_)) => Value::String(text),
@@ -322,6 +326,12 @@ mod tests {
         std::fs::write(&path, "port = 1\nmax_queue = 2\nmodel_name = \"file\"\nweights = \"int8\"\n").unwrap();
         let environment =
             [("ERNIE_SERVE_PORT", "3"), ("ERNIE_SERVE_MODEL_NAME", "4"), ("ERNIE_SERVE_PREFIX_CACHE", "false"), ("HOME", "/")];
+        let of_kubernetes = [
+            ("ERNIE_SERVE_PORT", "tcp://10.0.0.1:80"),
+            ("ERNIE_SERVE_SERVICE_HOST", "10.0.0.1"),
+            ("ERNIE_SERVE_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ];
+        assert_eq!(load(None, &of_kubernetes, "").unwrap(), ServeConfig::default());
         let config = load(Some(&path), &environment, "port = 5\nhost = \"::1\"").unwrap();
         let expected = ServeConfig {
             port: 5,

@@ -2,6 +2,9 @@
 //!
 //! A vector is the mean of the model's final states over the text. The models are trained to tell the next token, so the last state alone would speak of
 //! what follows; the mean speaks of the whole text, and needs no training of its own.
+use std::sync::LazyLock;
+use std::time::Duration;
+
 use axum::extract::State as Extract;
 use axum::{Extension, Json};
 use base64::Engine as _;
@@ -14,9 +17,15 @@ use crate::accounts::Caller;
 use crate::answer::Usage;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
+use crate::fields::{self, Known};
 use crate::prompt::Prompt;
-use crate::state::Shared;
-use crate::worker::{Event, Job, Task};
+use crate::state::{Shared, State};
+use crate::worker::{Event, Job, Places, Refused, Task};
+
+/// Most texts of a request, as OpenAI has it.
+const MAX_TEXTS: usize = 2048;
+/// Between two looks for places in a full queue.
+const PLACES_PAUSE: Duration = Duration::from_millis(10);
 
 /// Texts.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -88,6 +97,16 @@ impl Vector {
     }
 }
 
+/// Places in the queue for a request that is under way: it does not give up because others came meanwhile.
+async fn wait_for_places(state: &State, count: usize) -> Result<Places, ApiError> {
+    loop {
+        match state.worker.reserve(count) {
+            Err(Refused::Full) => tokio::time::sleep(PLACES_PAUSE).await,
+            reserved => return reserved.map_err(ApiError::refused),
+        }
+    }
+}
+
 /// Texts to vectors
 #[utoipa::path(post, path = "/v1/embeddings", tag = "openai", request_body = EmbeddingRequest, responses(
     (status = 200, description = "The vectors", body = EmbeddingResponse),
@@ -99,6 +118,8 @@ pub async fn embeddings(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
+    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("EmbeddingRequest"));
+    fields::check(&body, &KNOWN)?;
     let request: EmbeddingRequest = body.parse()?;
     state.check_model(request.model.as_deref())?;
     let hidden = state.model.config().hidden_size;
@@ -107,20 +128,33 @@ pub async fn embeddings(
     }
     let input = request.input;
     let texts = state.compute(|state| input.encode(state, "input")).await?;
-    let tokens = texts.iter().map(Vec::len).sum();
-    let mut places = state.reserve(texts.len())?;
-    let charge = state.accounts.admit(&caller, &state.name, tokens, 0).await?;
-    let (sender, mut events) = mpsc::channel(texts.len());
-    let mut vectors = vec![None; texts.len()];
-    for (index, prompt) in texts.into_iter().enumerate() {
-        places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone(), charge: Some(charge.clone()) });
+    if texts.len() > MAX_TEXTS {
+        return Err(ApiError::field("input", format!("`input`: expected at most {MAX_TEXTS} texts, got {}", texts.len())));
     }
-    drop(sender);
-    while let Some((index, event)) = events.recv().await {
-        match event {
-            Event::Embedding(values) => vectors[index] = Some(values),
-            Event::Failed(error) => return Err(ApiError::engine(&error, "input")),
-            other => unreachable!("embeddings were asked for, not {other:?}"),
+    let (count, tokens) = (texts.len(), texts.iter().map(Vec::len).sum());
+    // A part of the queue at a time, so that many texts are no reason to refuse them, nor keep all places from others.
+    let part = (state.config.max_queue / 4).max(1);
+    let mut places = Some(state.reserve(count.min(part))?);
+    let charge = state.accounts.admit(&caller, &state.name, tokens, 0).await?;
+    let mut vectors = vec![None; count];
+    let mut texts = texts.into_iter().enumerate().peekable();
+    while texts.peek().is_some() {
+        let of_part: Vec<_> = texts.by_ref().take(part).collect();
+        let mut places = match places.take() {
+            Some(places) => places,
+            None => wait_for_places(&state, of_part.len()).await?,
+        };
+        let (sender, mut events) = mpsc::channel(of_part.len());
+        for (index, prompt) in of_part {
+            places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone(), charge: Some(charge.clone()) });
+        }
+        drop(sender);
+        while let Some((index, event)) = events.recv().await {
+            match event {
+                Event::Embedding(values) => vectors[index] = Some(values),
+                Event::Failed(error) => return Err(ApiError::engine(&error, "input")),
+                other => unreachable!("embeddings were asked for, not {other:?}"),
+            }
         }
     }
     let encoding = request.encoding_format.unwrap_or_default();

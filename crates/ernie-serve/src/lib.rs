@@ -17,6 +17,7 @@ mod config;
 mod connection;
 mod embeddings;
 mod error;
+mod fields;
 mod grammar;
 mod live;
 pub mod log;

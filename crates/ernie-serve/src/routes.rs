@@ -1,4 +1,5 @@
 //! Which path does what; and what goes around every request: its id, its line in the log, its count.
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -51,7 +52,7 @@ use crate::{admin, chat, completions, embeddings, page, tokens};
         admin::reports::audit
     )
 )]
-struct Description;
+pub(crate) struct Description;
 
 /// All routes.
 pub fn router(state: Shared) -> Router {
@@ -138,11 +139,18 @@ async fn live() -> &'static str {
 /// Whether requests are taken
 #[utoipa::path(get, path = "/health/ready", tag = "operation", responses(
     (status = 200, description = "They are", body = String),
-    (status = 503, description = "The server is shutting down, or its engine has come to an end", body = ErrorBody),
+    (status = 503, description = "The server is shutting down, its engine has come to an end, or its database does not answer", body = ErrorBody),
 ))]
 async fn ready(Extract(state): Extract<Shared>) -> Result<&'static str, ApiError> {
-    let ready = state.worker.is_open() && !state.draining.load(Ordering::SeqCst);
-    if ready { Ok("ready\n") } else { Err(ApiError::unavailable("The server takes no requests.")) }
+    if !state.worker.is_open() || state.draining.load(Ordering::SeqCst) {
+        return Err(ApiError::unavailable("The server takes no requests."));
+    }
+    // Requests with keys cannot be answered without the accounts.
+    let limit = std::time::Duration::from_secs(1);
+    match tokio::time::timeout(limit, state.accounts.is_at_hand()).await {
+        Ok(true) => Ok("ready\n"),
+        _ => Err(ApiError::accounts_away("The server's database does not answer at present")),
+    }
 }
 
 /// Counters and histograms
@@ -172,6 +180,8 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
     let id = RequestId::of(request.headers(), &state);
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    // Until the answer's head is there, its reader may leave.
+    let mut asked = Asked { state: Arc::clone(&state), id: id.clone(), method, route, began, status: LEFT };
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let of_this_machine = host.is_none_or(is_this_machine);
     let open = state.accounts.is_open().await;
@@ -189,15 +199,36 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
         let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
         ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
     };
-    let status = response.status().as_u16();
-    state.metrics.answered(&route, status);
-    let seconds = began.elapsed().as_secs_f64();
-    // Until the head of the answer: a stream goes on.
-    tracing::info!(request_id = %id.0, %method, %route, status, seconds, "answered");
+    asked.status = response.status().as_u16();
+    drop(asked);
     if let Ok(id) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(request_id::HEADER, id);
     }
     response
+}
+
+/// What is noted of a request whose reader left before it was answered; nginx's number for that.
+const LEFT: u16 = 499;
+
+/// A request that is noted, answered or not, when this is dropped.
+struct Asked {
+    state: Shared,
+    id: RequestId,
+    method: Method,
+    route: String,
+    began: Instant,
+    status: u16,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let Asked { state, id, method, route, began, status } = self;
+        state.metrics.answered(route, *status);
+        let seconds = began.elapsed().as_secs_f64();
+        // Until the head of the answer: a stream goes on.
+        let what = if *status == LEFT { "left unanswered" } else { "answered" };
+        tracing::info!(request_id = %id.0, %method, %route, status, seconds, "{what}");
+    }
 }
 
 /// Whether a `Host` header means this machine. A page whose name was made to lead here (DNS rebinding) sends its own name.

@@ -84,16 +84,24 @@ function keyForm(key, send) {
   const limits = LIMITS.map(({ name, step }) => h("input", { type: "number", min: "0", step, value: key?.[name] ?? "", tPlaceholder: "admin.unlimited" }));
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
   const button = h("button", { type: "submit", class: "primary", t: key ? "dialog.save" : "admin.create" });
-  const submit = async (event) => {
-    event.preventDefault();
+  const values = () => {
     const list = models.value.split(",").map((model) => model.trim()).filter(Boolean);
     const fields = {
       scopes: scopes.filter((box) => box.checked).map((box) => box.value),
       models: list.length > 0 ? list : null,
-      expires: expires.value ? Math.floor(Date.parse(`${expires.value}T23:59:59Z`) / 1000) : null,
+      expires: expires.value ? Math.floor(Date.parse(`${expires.value}T00:00:00Z`) / 1000) : null,
     };
     LIMITS.forEach(({ name }, index) => (fields[name] = limits[index].value === "" ? null : Number(limits[index].value)));
-    if (!key) fields.name = name.value.trim();
+    return fields;
+  };
+  const shown = values();
+  const submit = async (event) => {
+    event.preventDefault();
+    const fields = values();
+    if (key) {
+      // Only what was changed here: others may have changed the rest, and a day is not all there is to an expiry.
+      for (const field of Object.keys(fields)) if (JSON.stringify(fields[field]) === JSON.stringify(shown[field])) delete fields[field];
+    } else fields.name = name.value.trim();
     button.disabled = true;
     try {
       await send(fields);

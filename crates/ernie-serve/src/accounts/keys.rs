@@ -170,8 +170,8 @@ impl Grant {
             }
             models.iter().try_for_each(|name| plain("models", name))?;
         }
-        if self.expires.is_some_and(|expires| expires > i64::MAX as u64) {
-            return Err(("expires", "expected Unix seconds".to_owned()));
+        if let Some(expires) = self.expires.filter(|expires| *expires > LAST_SECOND) {
+            return Err(("expires", format!("expected Unix seconds before the year 10000, got {expires}")));
         }
         let Limits { requests_per_minute, tokens_per_minute, tokens_per_month, money_per_month } = self.limits;
         let rates = [("requests_per_minute", requests_per_minute, 1), ("tokens_per_minute", tokens_per_minute, 1)];
@@ -190,6 +190,9 @@ impl Grant {
         Ok(self)
     }
 }
+
+/// The end of the year 9999, which calendars still know.
+const LAST_SECOND: u64 = 253_402_300_799;
 
 /// Whether a name can stand in a table, a log and a header: no line breaks, no other control characters, neither empty nor endless.
 fn plain(field: &'static str, name: &str) -> Result<(), (&'static str, String)> {

@@ -50,6 +50,8 @@ pub struct Accounts {
     loopback: bool,
     /// Set once a key was seen: from then on keys are needed, whatever becomes of the database.
     closed: AtomicBool,
+    /// Held while a key is read, changed and written: of two changes at once none is lost.
+    pub changes: tokio::sync::Mutex<()>,
 }
 
 /// Who sent a request.
@@ -94,7 +96,17 @@ impl Accounts {
             per_million_completion_tokens: config.price_per_million_completion_tokens,
         };
         let closed = AtomicBool::new(store.has_keys().await?);
-        Ok(Arc::new(Accounts { store, limiter, prices, power, writer, healthy, loopback: config.host.is_loopback(), closed }))
+        Ok(Arc::new(Accounts {
+            store,
+            limiter,
+            prices,
+            power,
+            writer,
+            healthy,
+            loopback: config.host.is_loopback(),
+            closed,
+            changes: Default::default(),
+        }))
     }
 
     /// Whether requests without a key are let in: there is no key, and only this machine is listened to. Keys that expired or were revoked count: the last one that is
@@ -115,6 +127,11 @@ impl Accounts {
                 true
             }
         }
+    }
+
+    /// Whether requests can be answered: with keys the database must answer and take what is used.
+    pub async fn is_at_hand(&self) -> bool {
+        self.is_open().await || (self.is_healthy() && self.store.has_keys().await.is_ok())
     }
 
     /// Whether any key was seen.

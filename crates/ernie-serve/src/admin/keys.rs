@@ -210,6 +210,7 @@ pub async fn change(
 ) -> Result<Json<KeyEntry>, ApiError> {
     let fields: KeyFields = body.parse()?;
     let store = &state.accounts.store;
+    let _alone = state.accounts.changes.lock().await;
     let (mut key, _) = store.key(&id).await.map_err(|error| away(&error))?.ok_or_else(no_key)?;
     key.grant = fields.over(key.grant)?;
     let detail = serde_json::json!(key.grant).to_string();

@@ -52,7 +52,7 @@ fn fields_out_of_range_are_named() {
         ("messages", json!({"messages": []})),
         ("messages", json!({"messages": "Hi"})),
         ("messages", json!({"messages": [{"role": "nobody", "content": "Hi"}]})),
-        ("messages[0]", json!({"messages": [{"content": "Hi"}]})),
+        ("messages[0].role", json!({"messages": [{"content": "Hi"}]})),
         ("messages[0].content", json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]})),
         ("messages", json!({"messages": [{"role": "user", "content": "word ".repeat(600)}]})),
         ("tools[0].function", json!({"tools": [{"type": "function"}]})),
@@ -69,9 +69,34 @@ fn fields_out_of_range_are_named() {
     server.post("/v1/detokenize", &json!({"tokens": [1, 99_999]})).error(400);
     server.post("/v1/tokenize", &json!({})).error(400);
     server.post("/v1/embeddings", &json!({"input": "x", "dimensions": 3})).error(400);
-    // What nobody knows is passed over, and null is as good as absent.
-    let body = json!({"prompt": "Once", "max_tokens": 2, "user": "me", "whatever": [1], "stop": null, "top_p": null, "n": null});
+    // What changes no answer is passed over, and null is as good as absent, even of what nobody knows.
+    let body =
+        json!({"prompt": "Once", "max_tokens": 2, "user": "me", "store": true, "stop": null, "top_p": null, "n": null, "whatever": null});
     assert_eq!(server.post("/v1/completions", &body).status, 200);
+    // A slip, and what only other servers do, is said; so is what is missing.
+    for (path, body, param) in [
+        ("/v1/completions", json!({"prompt": "Once", "max_token": 5}), "max_token"),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "Hi"}], "modalities": ["audio"]}), "modalities"),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "Hi"}], "echo": true}), "echo"),
+        ("/v1/embeddings", json!({"input": "x", "whatever": 1}), "whatever"),
+        ("/v1/completions", json!({}), "prompt"),
+        ("/v1/chat/completions", json!({"n": 1}), "messages"),
+        ("/v1/chat/completions", json!({"messages": [{"content": "Hi"}]}), "messages[0].role"),
+        ("/v1/embeddings", json!({}), "input"),
+    ] {
+        let (named, message) = server.post(path, &body).error(400);
+        assert_eq!(named.as_deref(), Some(param), "{path}: {message}");
+    }
+    // More texts than the queue has places.
+    let many: Vec<String> = (0..300).map(|i| format!("text {i}")).collect();
+    let reply = server.post("/v1/embeddings", &json!({"input": many})).json();
+    let indices: Vec<u64> = reply["data"].as_array().unwrap().iter().map(|one| one["index"].as_u64().unwrap()).collect();
+    assert_eq!(indices, (0..300).collect::<Vec<_>>());
+    assert_eq!(reply["data"][299], {
+        let mut alone = server.post("/v1/embeddings", &json!({"input": "text 299"})).json()["data"][0].clone();
+        alone["index"] = json!(299);
+        alone
+    });
 }
 
 #[test]
