@@ -163,10 +163,11 @@ impl Default for ServeConfig {
             reasoning_parser: ReasoningParser::None,
             max_queue: 128,
             max_streams: 256,
-            max_connections: 1024,
+            // Idle ones cost some kilobytes each, and must not keep others out.
+            max_connections: 12_000,
             stream_buffer: 1024,
             max_body_bytes: 4 << 20,
-            header_timeout_s: 30,
+            header_timeout_s: 10,
             body_timeout_s: 30,
             write_timeout_s: 30,
             drain_timeout_s: 30,

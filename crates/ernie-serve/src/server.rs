@@ -14,7 +14,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
@@ -63,7 +63,7 @@ impl Server {
         if !config.host.is_loopback() && !accounts.has_seen_keys() {
             return Err(Error::NotLoopback { host: config.host });
         }
-        let listener = TcpListener::bind(asked).await.map_err(listen)?;
+        let listener = listener(asked).map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let ServedModel { name, model, tokenizer, template } = served;
         let (tokenizer, metrics) = (Arc::new(tokenizer), Arc::new(Metrics::new()));
@@ -112,7 +112,7 @@ impl Server {
         let Server { listener, address, certificates, state, engine } = self;
         let (closing, closed) = watch::channel(false);
         let mut accepting = Accepting {
-            slots: Arc::new(Semaphore::new(state.config.max_connections)),
+            slots: Arc::new(Semaphore::new(connections(state.config.max_connections))),
             router: routes::router(Arc::clone(&state)),
             connections: JoinSet::new(),
             listener,
@@ -163,6 +163,47 @@ impl Server {
         let state = Arc::clone(&self.state);
         move || state.worker.stop()
     }
+}
+
+/// Connections that may wait to be accepted: in a burst those beyond are told nothing and try again a second later. The system may allow fewer.
+const BACKLOG: u32 = 4096;
+
+fn listener(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A server that starts again must not wait for the ends of its last connections.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Files that are open besides connections: the model, the database, the log.
+const OTHER_FILES: u64 = 128;
+
+/// How many connections the system lets a process have, if that is fewer than `wanted`: one too many would fail, and hold up all others. Asks for as many as may be asked for.
+#[cfg(unix)]
+fn connections(wanted: usize) -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let needed = wanted as u64 + OTHER_FILES;
+    let limit = match current {
+        Some(current) if current < needed => {
+            let asked = maximum.map_or(needed, |maximum| maximum.min(needed)).max(current);
+            // What was stays if that is not allowed.
+            if setrlimit(Resource::Nofile, Rlimit { current: Some(asked), maximum }).is_ok() { asked } else { current }
+        }
+        _ => needed,
+    };
+    let possible = usize::try_from(limit.saturating_sub(OTHER_FILES)).unwrap_or(wanted).clamp(1, wanted);
+    if possible < wanted {
+        tracing::warn!(max_connections = wanted, possible, "the system allows fewer open files than connections are configured");
+    }
+    possible
+}
+
+#[cfg(not(unix))]
+fn connections(wanted: usize) -> usize {
+    wanted
 }
 
 /// What accepting takes.
