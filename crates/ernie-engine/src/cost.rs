@@ -95,12 +95,12 @@ impl Cost {
         arithmetic.max(bytes / (limits.bandwidth_gb_s * 1e9))
     }
 
-    fn seconds(&self, limits: &Limits, operations: f64) -> f64 {
+    pub(crate) fn seconds(&self, limits: &Limits, operations: f64) -> f64 {
         operations / (1e9 * if self.int8 { limits.int8_gop_s } else { limits.f32_gflop_s })
     }
 
     /// Share of the experts that some of `tokens` tokens use, if each chooses at random.
-    fn used(&self, tokens: f64) -> f64 {
+    pub(crate) fn used(&self, tokens: f64) -> f64 {
         1.0 - (1.0 - self.expert_share).powf(tokens)
     }
 }

@@ -6,6 +6,9 @@ use std::collections::HashMap;
 /// Tokens that must have stood before.
 const KEY: usize = 3;
 
+/// Rows that one pass checks, guesses and the tokens before them: more cost more than they bring.
+pub(crate) const CHECKED_TOGETHER: usize = 16;
+
 /// How much to guess.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DraftOptions {

@@ -10,7 +10,7 @@ use ernie_kernels::paged::BLOCK;
 
 use crate::cache::CacheLayout;
 use crate::constraint::{Constraint, TokenSet};
-use crate::drafts::{DraftOptions, Drafter};
+use crate::drafts::{CHECKED_TOGETHER, DraftOptions, Drafter};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
 use crate::load::Load;
@@ -56,7 +56,7 @@ impl Default for EngineOptions {
             prefix_cache: true,
             max_len: 0,
             drafts: DraftOptions::default(),
-            draft_batch: 16,
+            draft_batch: CHECKED_TOGETHER,
         }
     }
 }

@@ -2,7 +2,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use crate::drafts::Drafter;
+use crate::drafts::{CHECKED_TOGETHER, Drafter};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::sampler::{Sampler, SamplingParams};
@@ -125,9 +125,6 @@ pub fn generate(
     generate_in(&mut session, prompt, params, decoder, on_token)
 }
 
-/// Most rows of a pass that checks guesses: as the engine's for a request alone.
-const MAX_CHECKED: usize = 16;
-
 /// Continues `prompt` in a session, keeping what the session already holds of it: the result is the same, sooner. `on_token` is called after each
 /// token and can end the generation; no call is made for an ending token's text, since it has none.
 ///
@@ -193,7 +190,7 @@ pub fn generate_in(
         } else {
             drafter.learn(checked.len().saturating_sub(1), row);
             session.truncate(known.len() - 1);
-            let most = (room - 1).min(params.max_tokens - tokens.len() - 1).min(MAX_CHECKED - 1);
+            let most = (room - 1).min(params.max_tokens - tokens.len() - 1).min(CHECKED_TOGETHER - 1);
             drafter.guess(&known, most, &mut checked);
             checked.insert(0, next);
             row = 0;

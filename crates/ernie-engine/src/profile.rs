@@ -3,6 +3,7 @@ use std::time::Instant;
 
 use ernie_kernels::arch::limits::Limits;
 
+use crate::cost::Cost;
 use crate::model::Model;
 
 /// A kernel, or a few small ones that follow each other.
@@ -130,54 +131,42 @@ impl Computed {
     /// Least seconds for `part` on a machine with these limits: weights in use read once at the bandwidth, or multiply-adds at the peak, whichever takes longer. `None` for
     /// parts that are small by their nature, and for attention where layers see less than everything.
     pub fn least_seconds(&self, model: &Model, limits: &Limits, part: Part) -> Option<f64> {
-        let config = model.config();
+        let (config, cost) = (model.config(), Cost::of(model));
+        let h = config.hidden_size as f64;
         let layers = config.num_hidden_layers as f64;
-        let (h, d) = (config.hidden_size as f64, config.head_dim as f64);
-        let (q, k) = (config.num_attention_heads as f64 * d, config.num_key_value_heads as f64 * d);
-        let bytes_per_weight = model.bytes_per_weight();
-        let peak = 1e9 * if model.is_int8() { limits.int8_gop_s } else { limits.f32_gflop_s };
-        let bandwidth = 1e9 * limits.bandwidth_gb_s;
-        // A matrix of so many weights for `rows` rows, where `share` of it is used by so many of them.
-        let product = |weights: f64, bytes: f64, rows: f64| (2.0 * weights * rows / peak).max(bytes / bandwidth);
-        let matrix = |weights: f64, rows: f64| product(weights, weights * bytes_per_weight, rows);
+        let (q, k) = ((config.num_attention_heads * config.head_dim) as f64, (config.num_key_value_heads * config.head_dim) as f64);
+        let product = |macs: f64, bytes: f64| cost.seconds(limits, 2.0 * macs).max(bytes / (limits.bandwidth_gb_s * 1e9));
+        let matrix = |weights: f64, rows: f64| product(weights * rows, weights * model.bytes_per_weight());
+        // Weights of one inner matrix of all dense and shared layers, and of the experts that a token uses.
         let (mut dense, mut routed) = (0.0, 0.0);
         for layer in 0..config.num_hidden_layers {
-            match &config.moe {
-                Some(moe) if config.is_moe_layer(layer) => {
-                    routed += 1.0;
+            match config.moe.as_ref().filter(|_| config.is_moe_layer(layer)) {
+                Some(moe) => {
                     dense += h * (moe.intermediate_size * moe.num_shared_experts) as f64;
+                    routed += h * (moe.intermediate_size * moe.top_k) as f64;
                 }
-                _ => dense += h * config.intermediate_size as f64,
+                None => dense += h * config.intermediate_size as f64,
             }
         }
-        let experts = |matrices: f64| {
-            let moe = config.moe.as_ref()?;
-            let one = matrices * h * moe.intermediate_size as f64 * routed;
-            let unused = (1.0 - moe.top_k as f64 / moe.num_experts as f64).powf(self.tokens);
-            // Of all three matrices of all experts.
-            let bytes = model.expert_bytes() * matrices / 3.0 * (1.0 - unused);
-            Some(product(one * moe.top_k as f64, bytes, self.tokens))
-        };
+        // So many of the three matrices of all experts.
+        let experts = |matrices: f64| product(matrices * routed * self.tokens, cost.expert_bytes * matrices / 3.0 * cost.used(self.tokens));
+        let sees_everything =
+            config.local_layers() == 0 && config.mechanisms.paragraphs.is_none() && config.mechanisms.context_gate.is_none();
         let attention = || {
-            let cache = model.cache_layout();
-            if config.local_layers() > 0 || config.mechanisms.paragraphs.is_some() || config.mechanisms.context_gate.is_some() {
-                return None;
-            }
-            let arithmetic = 2.0 * 2.0 * q * layers * self.pairs / (limits.f32_gflop_s * 1e9);
-            let bytes = self.positions * cache.block_bytes() as f64 / ernie_kernels::paged::BLOCK as f64;
-            Some(arithmetic.max(bytes / bandwidth))
+            let arithmetic = 2.0 * cost.attention_macs * self.pairs / (limits.f32_gflop_s * 1e9);
+            arithmetic.max(self.positions * cost.kv_bytes / (limits.bandwidth_gb_s * 1e9))
         };
         let of_step = match part {
             Part::Embedding | Part::Norm | Part::Append | Part::Router => None,
             Part::Qkv => Some(matrix(layers * h * (q + 2.0 * k), self.tokens)),
-            Part::Attention => attention(),
+            Part::Attention => sees_everything.then(attention),
             Part::Output => Some(matrix(layers * q * h, self.tokens)),
-            Part::ExpertsUp => experts(2.0),
-            Part::ExpertsDown => experts(1.0),
+            Part::ExpertsUp => Some(experts(2.0)),
+            Part::ExpertsDown => Some(experts(1.0)),
             Part::Up => Some(matrix(2.0 * dense, self.tokens)),
             Part::Down => Some(matrix(dense, self.tokens)),
             // Of several steps for one prompt only the last wants any.
-            Part::Head => Some(matrix(h * config.vocab_size as f64, self.wanted.max(1.0)) * self.wanted.min(1.0)),
+            Part::Head => Some(matrix(cost.head_macs, self.wanted.max(1.0)) * self.wanted.min(1.0)),
         };
         of_step.filter(|least| *least > 0.0).map(|least| least * self.steps)
     }

@@ -37,7 +37,7 @@ pub enum Error {
     #[error(transparent)]
     Accounts(#[from] crate::accounts::store::StoreError),
     /// The address is taken or is not this machine's.
-    #[error("cannot listen on {address}: {error}")]
+    #[error("cannot listen on {address}: {error}; another server may be there, so stop it or choose with --host and --port")]
     Listen {
         /// Where.
         address: SocketAddr,

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::LazyLock;
 
 use axum::http::StatusCode;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use utoipa::OpenApi;
 
@@ -46,9 +47,9 @@ fn fields(schema: &str) -> HashSet<String> {
 /// # Errors
 /// 400 that names the first field that is unknown; a body that is no object.
 pub fn check(body: &JsonBody, known: &Known) -> Result<(), ApiError> {
-    let given: BTreeMap<String, Value> = body.parse()?;
-    // Null is as good as absent.
-    match given.iter().find(|(name, value)| !value.is_null() && !known.0.contains(name.as_str())) {
+    // Null, which is as good as absent, is `None`; values are not looked at.
+    let given: BTreeMap<String, Option<IgnoredAny>> = body.parse()?;
+    match given.iter().find(|(name, value)| value.is_some() && !known.0.contains(name.as_str())) {
         None => Ok(()),
         Some((name, _)) => {
             let message = format!("Unrecognized request argument supplied: {name}");

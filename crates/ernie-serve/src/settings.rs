@@ -93,10 +93,12 @@ pub async fn change_settings(
         let message = format!("`max_batch_size`: expected a number from 1 to {most}, got {size}");
         return Err(ApiError::field("max_batch_size", message));
     }
+    let _alone = state.accounts.changes.lock().await;
     let before = state.worker.settings();
-    if patch.over(before) != before {
+    let wanted = patch.over(before);
+    if wanted != before {
         // Nothing is changed that the audit log does not tell of.
-        let detail = serde_json::json!({"before": before, "after": patch.over(before)}).to_string();
+        let detail = serde_json::json!({"before": before, "after": wanted}).to_string();
         let audit = Audit { at: unix_seconds(), actor: caller.actor(), action: "settings.change", target: state.name.clone(), detail };
         state.accounts.store.log(&audit).await.map_err(|error| away(&error))?;
     }

@@ -1,6 +1,6 @@
 //! The fields that say what an answer must look like: OpenAI's `response_format`, and vLLM's `structured_outputs` and, its older form, `guided_…`.
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use crate::api_error::ApiError;
@@ -167,7 +167,7 @@ impl StructuredOutputs {
 }
 
 fn any_object() -> Rule {
-    Rule::Json(json!({"type": "object"}))
+    Rule::Json(no_schema())
 }
 
 /// A schema, which some clients send as text.
@@ -195,7 +195,7 @@ fn object(schema: Value, field: &str) -> Result<Value, ApiError> {
     }
 }
 
-/// A schema for the arguments of a function that has none.
+/// The schema of any object: of an answer that may be any, and of the arguments of a function that says nothing of them.
 pub fn no_schema() -> Value {
-    Value::Object(Map::from_iter([("type".to_owned(), Value::from("object"))]))
+    json!({"type": "object"})
 }

@@ -197,17 +197,20 @@ impl Tool {
 }
 
 impl Toolbox {
+    /// What may be called.
+    fn open(&self) -> impl Iterator<Item = &Function> {
+        self.functions.iter().filter(|function| self.chosen.as_ref().is_none_or(|name| *name == function.name))
+    }
+
     /// Names of what may be called.
     pub fn names(&self) -> Vec<String> {
-        let open = self.functions.iter().filter(|function| self.chosen.as_ref().is_none_or(|name| *name == function.name));
-        open.map(|function| function.name.clone()).collect()
+        self.open().map(|function| function.name.clone()).collect()
     }
 
     /// What the answer is held to. `formed`: its text has a form of its own, so calls must be kept apart from it.
     pub fn calls(&self, formed: bool) -> Option<Calls> {
-        let names = self.names();
-        let open = self.functions.iter().filter(|function| names.contains(&function.name));
-        let functions = open.map(|function| (function.name.clone(), function.parameters.clone().unwrap_or_else(no_schema))).collect();
+        let functions =
+            self.open().map(|function| (function.name.clone(), function.parameters.clone().unwrap_or_else(no_schema))).collect();
         (self.must() || formed).then_some(Calls { functions, several: self.several })
     }
 

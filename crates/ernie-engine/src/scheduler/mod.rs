@@ -15,9 +15,7 @@ pub use blocks::BlockPool;
 pub use unused::BlockId;
 pub use windows::{WindowPool, WindowTable};
 
-/// Guesses of a sequence that memory is taken for when it comes; a longer draft takes more.
-const USUAL_DRAFT: usize = 16;
-
+use crate::drafts::CHECKED_TOGETHER;
 use crate::error::{Error, Result};
 
 /// A sequence's name, chosen by the caller.
@@ -238,7 +236,7 @@ impl Scheduler {
             blocks: Vec::with_capacity(limit.div_ceil(self.options.block_size)),
             windowed: WindowTable::default(),
             published: 0,
-            draft: Vec::with_capacity(USUAL_DRAFT),
+            draft: Vec::with_capacity(CHECKED_TOGETHER),
             planned: 0,
             planned_drafts: 0,
             limit,

@@ -50,7 +50,7 @@ pub struct Accounts {
     loopback: bool,
     /// Set once a key was seen: from then on keys are needed, whatever becomes of the database.
     closed: AtomicBool,
-    /// Held while a key is read, changed and written: of two changes at once none is lost.
+    /// Held while a key or the settings are read, changed and written down: of two changes at once none is lost, nor told wrongly in the audit log.
     pub changes: tokio::sync::Mutex<()>,
 }
 
