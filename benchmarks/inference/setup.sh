@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What compare.py runs beside ours: Python environments, llama.cpp built for this machine, checkpoints, and the peers' converted models.
 #
-#   benchmarks/inference/setup.sh [PEER …]     transformers, llama.cpp, onnxruntime, openvino; default: all
+#   benchmarks/inference/setup.sh [PEER …]     transformers, llama.cpp, onnxruntime, openvino; default: all these
+#   benchmarks/inference/setup.sh llama.cpp-server   its server and llama-cpp-python's, for benchmarks/serving/compare.sh
 #   ERNIE_INFERENCE_CACHE=FOLDER               where they go: about 18 GB; default: .cache/inference of this repository
 #   PYTHON=python3.12                          the interpreter the environments are made of
 #
@@ -14,6 +15,7 @@ mkdir -p "$cache"/{logs,skipped,models}
 cache=$(cd "$cache" && pwd)
 models=$cache/models
 LLAMA_CPP_PYTHON=0.3.36
+llama_cpp=$cache/llama.cpp/llama_cpp_python-$LLAMA_CPP_PYTHON/vendor/llama.cpp
 LLAMA_CPP_PYTHON_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 
 # step NAME FUNCTION: runs it with its output in logs/NAME.log. (In the background, since `if FUNCTION` would turn `set -e` off inside.)
@@ -63,30 +65,54 @@ base() { install torch "$here/requirements-numpy.txt"; }
 checkpoints() { "$cache/torch/bin/python" "$here/make_checkpoints.py" "$models"; }
 torch() { install torch "$here/requirements-torch.txt"; }
 
-build_llama_cpp() {
-  local folder=$cache/llama.cpp source=$cache/llama.cpp/llama_cpp_python-$LLAMA_CPP_PYTHON/vendor/llama.cpp
-  [ -x "$folder/build/bin/llama-batched-bench" ] && [ -d "$source" ] && return 0
+# The sources that both builds of llama.cpp are made of.
+source_llama_cpp() {
+  local folder=$cache/llama.cpp
   install torch "$here/requirements-llama.cpp.txt"
+  [ -d "$llama_cpp" ] && return 0
   mkdir -p "$folder"
   "$cache/torch/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest "$folder" \
     "llama-cpp-python==$LLAMA_CPP_PYTHON"
   echo "$LLAMA_CPP_PYTHON_SHA256  $folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" | sha256sum --check
   tar -xf "$folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" -C "$folder"
+}
+build_llama_cpp() {
+  local folder=$cache/llama.cpp
+  [ -x "$folder/build/bin/llama-batched-bench" ] && return 0
   export PATH=$cache/torch/bin:$PATH
-  cmake -G Ninja -S "$source" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
+  cmake -G Ninja -S "$llama_cpp" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
     -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF
   cmake --build "$folder/build" --target llama-bench llama-batched-bench
 }
+# Its own server, with the libraries that llama-cpp-python's uses too.
+build_llama_cpp_server() {
+  local folder=$cache/llama.cpp
+  if [ ! -x "$folder/shared/bin/llama-server" ]; then
+    export PATH=$cache/torch/bin:$PATH
+    cmake -G Ninja -S "$llama_cpp" -B "$folder/shared" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=ON \
+      -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_WEBUI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF
+    cmake --build "$folder/shared" --target llama-server
+  fi
+  CMAKE_ARGS=-DLLAMA_BUILD=OFF "$cache/torch/bin/python" -m pip install --quiet --disable-pip-version-check --no-binary llama-cpp-python \
+    "$folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz[server]"
+}
 convert_llama_cpp() {
-  local source=$cache/llama.cpp/llama_cpp_python-$LLAMA_CPP_PYTHON/vendor/llama.cpp python=$cache/torch/bin/python name
-  for name in D M; do
+  local source=$llama_cpp python=$cache/torch/bin/python name
+  for name in "$@"; do
     [ -e "$models/$name-q8_0.gguf" ] && continue
     "$python" "$source/convert_hf_to_gguf.py" "$models/$name" --outtype q8_0 --outfile "$models/$name-q8_0.tmp"
     # The converter takes the shared experts' width for intermediate_size / num_key_value_heads; here it is 2 experts of 512.
-    [ "$name" = D ] || PYTHONPATH=$source/gguf-py "$python" -m gguf.scripts.gguf_set_metadata --force "$models/$name-q8_0.tmp" \
+    [ "${name#D}" != "$name" ] || PYTHONPATH=$source/gguf-py "$python" -m gguf.scripts.gguf_set_metadata --force "$models/$name-q8_0.tmp" \
       ernie4_5-moe.expert_shared_feed_forward_length 1024
     mv "$models/$name-q8_0.tmp" "$models/$name-q8_0.gguf"
   done
+}
+convert_compared() { convert_llama_cpp D M; }
+# With tokenizers that have a text for every token.
+convert_served() {
+  local name
+  for name in D M; do "$cache/torch/bin/python" "$here/../serving/prepare.py" "$models/$name" "$models/$name-served"; done
+  convert_llama_cpp D-served M-served
 }
 
 install_onnxruntime() { install torch "$here/requirements-onnxruntime.txt"; }
@@ -108,9 +134,12 @@ step checkpoints checkpoints
 for peer in "$@"; do
   case $peer in
     transformers) needs transformers torch torch ;;
-    llama.cpp) needs llama.cpp torch torch llama.cpp-build build_llama_cpp llama.cpp-convert convert_llama_cpp ;;
+    llama.cpp) needs llama.cpp torch torch llama.cpp-source source_llama_cpp llama.cpp-build build_llama_cpp llama.cpp-convert convert_compared ;;
+    llama.cpp-server)
+      needs llama.cpp-server torch torch llama.cpp-source source_llama_cpp llama.cpp-server-build build_llama_cpp_server \
+        llama.cpp-server-convert convert_served ;;
     onnxruntime) needs onnxruntime torch torch onnxruntime-install install_onnxruntime onnxruntime-export export_onnxruntime ;;
     openvino) needs openvino openvino-install install_openvino openvino-export export_openvino ;;
-    *) echo "$peer is none of transformers, llama.cpp, onnxruntime, openvino" >&2; exit 2 ;;
+    *) echo "$peer is none of transformers, llama.cpp, llama.cpp-server, onnxruntime, openvino" >&2; exit 2 ;;
   esac
 done
