@@ -71,7 +71,7 @@ source_llama_cpp() {
   install torch "$here/requirements-llama.cpp.txt"
   [ -d "$llama_cpp" ] && return 0
   mkdir -p "$folder"
-  "$cache/torch/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest "$folder" \
+  "$cache/torch/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest "$folder" \
     "llama-cpp-python==$LLAMA_CPP_PYTHON"
   echo "$LLAMA_CPP_PYTHON_SHA256  $folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" | sha256sum --check
   tar -xf "$folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" -C "$folder"

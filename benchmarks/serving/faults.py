@@ -6,7 +6,7 @@
 Starts `ERNIE serve` on a free port and asks it something, undisturbed first, then beside: connections that say nothing (`--idle`), heads of requests that
 come a byte a second (`--slow`), and bodies of every wrong kind (`--bodies`: real requests with pieces cut out, doubled, replaced, and bytes of no meaning).
 Prints how long others waited. Fails (exit status 1) if others are not answered, a slow head is not cut off, a body gets another status than 2xx or 4xx, or an error
-that is not in OpenAI's shape, or if the server ends or lets go of less memory than 5% above what it had.
+that is not in OpenAI's shape, if the server ends, or if 5% more memory than before the connections stays.
 """
 
 import argparse

@@ -123,7 +123,8 @@ async def soak(options, server, root, key, id, admin):
     }
     print(json.dumps(result, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        curve = {"resident_kib_at_s": [[round(at), kib] for at, kib in samples]}
+        options.json.write_text(json.dumps(result | curve, indent=1) + "\n")
     tokens, faults = result["tokens"], []
     if result["errors"] or result["refused"]:
         faults.append(f"{len(result['errors'])} errors, {result['refused']} refused")

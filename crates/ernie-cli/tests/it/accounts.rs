@@ -155,7 +155,7 @@ fn what_was_answered_is_in_the_books_after_a_kill() {
         assert_eq!(row["completion_tokens"].as_u64().unwrap(), booked * 20);
         let config = ServeConfig { database: Some(database.clone()), ..ServeConfig::default() };
         let state = with_store(&config, async |store| {
-            let Store::Sqlite(pool) = store else { panic!("a file was asked for") };
+            let Store::Sqlite(pool, _) = store else { panic!("a file was asked for") };
             let (state,): (String,) = sqlx::query_as("PRAGMA integrity_check").fetch_one(pool).await?;
             Ok(state)
         });

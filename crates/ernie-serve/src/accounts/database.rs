@@ -9,7 +9,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Connection, SqlSafeStr};
 
-use super::store::{Store, StoreError};
+use super::store::{Place, Store, StoreError};
 
 /// How long a request waits for a connection, and a statement for another's lock, before the database counts as away.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -68,17 +68,19 @@ impl Database {
         let store = match self {
             Database::File(path) => {
                 prepare(path).map_err(|error| failed(error.into()))?;
-                let options = sqlite_options().filename(path).create_if_missing(true);
+                // Made above: one that is missing later was taken away, and is not made again.
+                let options = sqlite_options().filename(path);
                 let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
                 // A full disk can make SQLite end a transaction by itself; sqlx then counts it as open for ever, takes the next for a part of it, and
                 // what it says is committed never is. Such a connection is closed instead of used again.
                 let pool = pool.before_acquire(|connection, _| Box::pin(async { Ok(!connection.is_in_transaction()) }));
-                Store::Sqlite(pool.connect_with(options).await.map_err(failed)?)
+                Store::Sqlite(pool.connect_with(options).await.map_err(failed)?, Some(Place::of(path)))
             }
             Database::Memory => {
                 // One connection that never ends: each has a memory of its own.
                 let pool = SqlitePoolOptions::new().max_connections(1).min_connections(1).idle_timeout(None).max_lifetime(None);
-                Store::Sqlite(pool.acquire_timeout(PATIENCE).connect_with(sqlite_options().in_memory(true)).await.map_err(failed)?)
+                let pool = pool.acquire_timeout(PATIENCE);
+                Store::Sqlite(pool.connect_with(sqlite_options().in_memory(true)).await.map_err(failed)?, None)
             }
             Database::Postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(failed)?.application_name("ernie serve");
@@ -88,7 +90,7 @@ impl Database {
         };
         let migrated = |error| StoreError::Migrate { database: self.to_string(), error };
         match &store {
-            Store::Sqlite(pool) => {
+            Store::Sqlite(pool, _) => {
                 let migrator = migrations(include_str!("migrations/sqlite_1.sql"));
                 let mut tried = 0;
                 while let Err(error) = migrator.run(pool).await {

@@ -1,5 +1,7 @@
 //! The tables: keys, usage, audit log. One text of SQL serves both databases, so there is an enum over two pools and no trait; what differs
 //! between them is in the migrations. (`sqlx`'s own `Any` would lose the options of SQLite and the types of NULLs.)
+use std::path::{Path, PathBuf};
+
 use sqlx::{PgPool, SqlitePool};
 
 use super::calendar::Day;
@@ -35,6 +37,12 @@ pub enum StoreError {
     /// A statement failed: it is away, locked or full.
     #[error("the database: {0}")]
     Statement(#[from] sqlx::Error),
+    /// The file is not where it was opened, or is another.
+    #[error("the database {} was moved, deleted or replaced while it was open; put it back, or restart to begin with what is there", path.display())]
+    Gone {
+        /// Where it was.
+        path: PathBuf,
+    },
     /// A row is not what this program writes.
     #[error("the database: key {id}: {reason}")]
     Row {
@@ -54,17 +62,54 @@ pub type Result<T> = std::result::Result<T, StoreError>;
 /// An open database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Store {
-    /// In a file or in memory.
-    Sqlite(SqlitePool),
+    /// In a file, of that place, or in memory.
+    Sqlite(SqlitePool, Option<Place>),
     /// A server.
     Postgres(PgPool),
+}
+
+/// Where an open file is. What is written into one that was deleted or moved away nobody would find again.
+#[derive(Clone, Debug)]
+pub struct Place {
+    path: PathBuf,
+    #[cfg(unix)]
+    identity: Option<(u64, u64)>,
+}
+
+impl Place {
+    /// Of a file that is there.
+    pub(super) fn of(path: &Path) -> Self {
+        Place {
+            path: path.to_owned(),
+            #[cfg(unix)]
+            identity: Self::identity(path),
+        }
+    }
+
+    #[cfg(unix)]
+    fn identity(path: &Path) -> Option<(u64, u64)> {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+    }
+
+    /// Whether the same file is still there.
+    fn check(&self) -> Result<()> {
+        #[cfg(unix)]
+        let same = self.identity == Self::identity(&self.path);
+        #[cfg(not(unix))]
+        let same = self.path.exists();
+        if same { Ok(()) } else { Err(StoreError::Gone { path: self.path.clone() }) }
+    }
 }
 
 /// The same for either pool.
 macro_rules! on {
     ($store:expr, $pool:ident => $body:expr) => {
         match $store {
-            Store::Sqlite($pool) => $body,
+            Store::Sqlite($pool, place) => {
+                place.as_ref().map_or(Ok(()), Place::check)?;
+                $body
+            }
             Store::Postgres($pool) => $body,
         }
     };
@@ -363,6 +408,9 @@ impl Store {
 
     /// Ends all connections; with SQLite the log is written into the file.
     pub async fn close(&self) {
-        on!(self, pool => pool.close().await);
+        match self {
+            Store::Sqlite(pool, _) => pool.close().await,
+            Store::Postgres(pool) => pool.close().await,
+        }
     }
 }

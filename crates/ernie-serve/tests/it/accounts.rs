@@ -495,7 +495,7 @@ fn answers_wait_for_the_books_and_come_again_when_those_are_back() {
     let accounts = Accounts::start(databases::file());
     let (admin, key) = (accounts.scoped(&[Scope::Admin]), accounts.scoped(&[Scope::Completions, Scope::Tokenize]));
     assert_eq!(accounts.complete(&key, 5).status, 200);
-    let Store::Sqlite(pool) = &accounts.store else { panic!("a file was asked for") };
+    let Store::Sqlite(pool, _) = &accounts.store else { panic!("a file was asked for") };
     let lock = accounts.runtime.block_on(pool.begin_with("BEGIN IMMEDIATE")).unwrap();
     let stream = {
         let mut body = completion(5);

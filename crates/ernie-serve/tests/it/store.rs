@@ -114,7 +114,7 @@ async fn a_full_disk_is_an_error_and_what_was_there_stays() {
     let database = databases::file();
     let store = Database::named(Some(&database.name)).unwrap().open().await.unwrap();
     add(&store, "one", vec![usage("2024-01-01", "k", "m", 1)]).await;
-    let Store::Sqlite(pool) = &store else { panic!("a file was asked for") };
+    let Store::Sqlite(pool, _) = &store else { panic!("a file was asked for") };
     let mut all = Vec::new();
     for _ in 0..4 {
         let mut connection = pool.acquire().await.unwrap();
@@ -141,10 +141,27 @@ async fn tables_of_a_newer_version_are_left_alone() {
     let database = databases::file();
     let named = Database::named(Some(&database.name)).unwrap();
     let store = named.open().await.unwrap();
-    let Store::Sqlite(pool) = &store else { panic!("a file was asked for") };
+    let Store::Sqlite(pool, _) = &store else { panic!("a file was asked for") };
     let newer = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) VALUES (99, 'x', 1, x'00', 0)";
     sqlx::query(newer).execute(pool).await.unwrap();
     store.close().await;
     let error = named.open().await.unwrap_err().to_string();
     assert!(error.contains("newer version"), "{error}");
+}
+
+/// What would be written into a file that nobody finds any more is not taken, nor is another file in its place.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_that_is_gone_is_noticed_and_taken_again_when_it_is_back() {
+    let database = databases::file();
+    let store = Database::named(Some(&database.name)).unwrap().open().await.unwrap();
+    add(&store, "one", vec![usage("2024-01-01", "k", "m", 1)]).await;
+    let path = database.name.strip_prefix("sqlite:").unwrap().to_owned();
+    let elsewhere = format!("{path}.moved");
+    std::fs::rename(&path, &elsewhere).unwrap();
+    assert!(store.has_keys().await.is_err());
+    std::fs::write(&path, b"").unwrap();
+    assert!(store.has_keys().await.is_err());
+    std::fs::rename(&elsewhere, &path).unwrap();
+    assert_eq!(store.usage_since("k", "2024-01-01".parse().unwrap()).await.unwrap().requests, 1);
 }
