@@ -219,6 +219,32 @@ pub enum Actor {
 }
 
 impl fmt::Display for Actor {
+impl Actor {
+    /// Whoever runs this process, as the system knows them: the name of its user in `/etc/passwd`, else the number. What the environment says anybody can set.
+    #[cfg(unix)]
+    pub fn of_process() -> Self {
+        let id = rustix::process::getuid().as_raw();
+        let users = std::fs::read("/etc/passwd").unwrap_or_default();
+        Actor::CommandLine(user(&String::from_utf8_lossy(&users), id).unwrap_or_else(|| format!("uid {id}")))
+    }
+
+    /// Whoever runs this process: the system is not asked.
+    #[cfg(not(unix))]
+    pub fn of_process() -> Self {
+        Actor::CommandLine("unknown".to_owned())
+    }
+}
+
+/// The name of a user by its number: the first and the third field of a line of `/etc/passwd`.
+#[cfg(unix)]
+fn user(users: &str, id: u32) -> Option<String> {
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next().filter(|name| !name.is_empty())?;
+        (fields.nth(1)?.parse() == Ok(id)).then(|| name.to_owned())
+    })
+}
+
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Actor::Key(id) => write!(f, "key:{id}"),
@@ -242,6 +268,14 @@ mod tests {
     }
 
     #[test]
+    #[test]
+    #[cfg(unix)]
+    fn users_by_their_numbers() {
+        let users = "root:x:0:0:root:/root:/bin/sh\n+\n:x:7:7::/:\n# ann:x:5\nann:x:1000:1000:Ann,,,:/home/ann:/bin/sh\nbob:x:10001:1::/:\nanne:x:1000:0::/:\n";
+        let names = [0, 1000, 10001, 7, 100].map(|id| user(users, id));
+        assert_eq!(names, [Some("root".to_owned()), Some("ann".to_owned()), Some("bob".to_owned()), None, None]);
+    }
+
     fn periods_and_groups() {
         let today: Day = "2024-03-01".parse().unwrap();
         let period = Period::named(None, None, today).unwrap();
