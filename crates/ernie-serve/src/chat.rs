@@ -68,7 +68,7 @@ pub struct ChatRequest {
 pub struct ChatMessage {
     /// `system` (or `developer`), `user`, `assistant`, `tool`, or what the template knows besides.
     pub role: String,
-    /// Its text.
+    /// Its text; only the assistant's turns with calls may do without.
     #[serde(default)]
     pub content: Option<Content>,
     /// Of the assistant: what it called.
@@ -116,9 +116,10 @@ pub struct ChatResponse {
     pub model: String,
     /// `n` answers; in a stream one answer's next piece.
     pub choices: Vec<ChatChoice>,
-    /// In a stream only in its last event, if asked for.
+    /// In a stream, if asked for, in its last event, and null in those before.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Usage>,
+    #[schema(value_type = Option<Usage>)]
+    pub usage: Option<Option<Usage>>,
 }
 
 /// One answer.
@@ -201,10 +202,16 @@ impl ChatAlternative {
 pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
     let message = |(index, turn): (usize, ChatMessage)| {
         let content = match turn.content {
-            None => String::new(),
+            // Who only calls says nothing.
+            None if turn.role == "assistant" && calls.is_some() => String::new(),
+            None => {
+                let field = format!("messages[{index}].content");
+                return Err(ApiError::field(&field, format!("`{field}`: expected a string or a list of parts")));
+            }
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
                 let text = |part: Part| match (part.kind.as_str(), part.text) {
+        let calls = turn.tool_calls.filter(|calls| !calls.is_empty());
                     ("text", Some(text)) => Ok(text),
                     (kind, _) => {
                         let message = format!("`messages[{index}].content`: expected parts of type `text` with a `text`, got `{kind}`");
@@ -217,7 +224,7 @@ pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
         // OpenAI's newer name for the same.
         let role = if turn.role == "developer" { "system".to_owned() } else { turn.role };
         let mut message = Message::new(role, content);
-        if let Some(calls) = turn.tool_calls.filter(|calls| !calls.is_empty()) {
+        if let Some(calls) = calls {
             message.fields.push(("tool_calls".to_owned(), past_calls(calls, &format!("messages[{index}]"))?));
         }
         message.fields.extend(turn.tool_call_id.map(|id| ("tool_call_id".to_owned(), Value::String(id))));
@@ -330,7 +337,7 @@ pub async fn chat_completions(
             created: unix_seconds(),
             model: state.name.clone(),
             choices: Vec::new(),
-            usage: None,
+            usage: (streams && usage_wanted).then_some(None),
         },
         tokenizer: Arc::clone(&state.tokenizer),
         logprobs: wanted.logprobs.is_some(),
@@ -378,7 +385,7 @@ impl ChatShape {
             let finish_reason = answer.reason.map(|reason| self.reason(index, reason));
             self.head.choices.push(ChatChoice { index, message, delta: None, logprobs, finish_reason });
         }
-        self.head.usage = Some(usage);
+        self.head.usage = Some(Some(usage));
         self.head
     }
 
@@ -456,6 +463,6 @@ impl Shape for ChatShape {
     }
 
     fn usage(&mut self, usage: Usage) -> Option<Bytes> {
-        self.usage_wanted.then(|| frame(&ChatResponse { usage: Some(usage), ..self.head.clone() }))
+        self.usage_wanted.then(|| frame(&ChatResponse { usage: Some(Some(usage)), ..self.head.clone() }))
     }
 }

@@ -61,7 +61,7 @@ pub struct Sampling {
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
 #[serde(default)]
 pub struct StreamOptions {
-    /// A last event with the counts of tokens.
+    /// A last event with the counts of tokens; those before have null in its place.
     pub include_usage: Option<bool>,
 }
 

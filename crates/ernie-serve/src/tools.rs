@@ -17,7 +17,7 @@ const MAX_TOOLS: usize = 128;
 pub struct Tools {
     /// The functions there are.
     pub tools: Option<Vec<Tool>>,
-    /// `none`, `auto` (if absent), `required`, or the one function to call. Calls that must come are held to the functions' schemas token by token; those
+    /// `none`, `auto` (if absent), `required`, or the function to call, once. Calls that must come are held to the functions' schemas token by token; those
     /// that may come are read from the model's text.
     pub tool_choice: Option<ToolChoice>,
     /// Whether a turn may have more than one call; true if absent.
@@ -162,7 +162,8 @@ impl Tools {
                 Err(ApiError::field("tool_choice.type", format!("`tool_choice.type`: expected function, got {kind:?}")))
             }
             Some(ToolChoice::Named { function: Name { name }, .. }) => match functions.iter().any(|function| function.name == name) {
-                true => Ok(toolbox(Mode::Must, Some(name))),
+                // The one call that was asked for, and no second.
+                true => Ok(toolbox(Mode::Must, Some(name)).map(|toolbox| Toolbox { several: false, ..toolbox })),
                 false => {
                     let message = format!("`tool_choice.function.name`: none of the `tools` is called {name:?}");
                     Err(ApiError::field("tool_choice.function.name", message))
