@@ -8,17 +8,18 @@ use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::completions::finite;
 use crate::config::ReasoningParser;
 use crate::fields::{self, Known};
 use crate::grammar::Form;
+use crate::numbers::whole;
 use crate::prompt;
 use crate::request_id::RequestId;
 use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
@@ -33,12 +34,14 @@ use crate::worker::Token;
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct Chat {
     /// Its turns.
+    #[schema(min_items = 1)]
     pub messages: Vec<ChatMessage>,
     /// Report each token's log-probability.
     #[serde(default)]
     pub logprobs: Option<bool>,
     /// With `logprobs`: as many of the likeliest tokens in its place, at most 20.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(maximum = 20)]
     pub top_logprobs: Option<u32>,
     /// Variables of the chat template, by name.
     #[serde(default)]
@@ -97,9 +100,11 @@ pub enum Content {
 pub struct Part {
     /// `text`.
     #[serde(rename = "type")]
+    #[schema(pattern = "^text$")]
     pub kind: String,
     /// The text.
     #[serde(default)]
+    #[schema(required = true, value_type = String)]
     pub text: Option<String>,
 }
 
@@ -201,6 +206,7 @@ impl ChatAlternative {
 /// 400 for a turn that is not text.
 pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
     let message = |(index, turn): (usize, ChatMessage)| {
+        let calls = turn.tool_calls.filter(|calls| !calls.is_empty());
         let content = match turn.content {
             // Who only calls says nothing.
             None if turn.role == "assistant" && calls.is_some() => String::new(),
@@ -211,7 +217,6 @@ pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
                 let text = |part: Part| match (part.kind.as_str(), part.text) {
-        let calls = turn.tool_calls.filter(|calls| !calls.is_empty());
                     ("text", Some(text)) => Ok(text),
                     (kind, _) => {
                         let message = format!("`messages[{index}].content`: expected parts of type `text` with a `text`, got `{kind}`");
@@ -311,9 +316,9 @@ fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted, Rea
 
 /// Answer a conversation
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
-    (status = 200, description = "The answers; with `stream` as server-sent events with `delta` for `message`", body = ChatResponse),
-    (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
-    (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
+    (status = 200, description = "The answers; with `stream` as server-sent events, each a ChatResponse with `delta` for `message`", content(
+        (ChatResponse = "application/json"), (String = "text/event-stream"),
+    )),
 ))]
 pub async fn chat_completions(
     Extract(state): Extract<Shared>,
@@ -321,8 +326,7 @@ pub async fn chat_completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("ChatRequest"));
-    fields::check(&body, &KNOWN)?;
+    fields::check(&body, &Known::of("ChatRequest"))?;
     let request = ChatRequest { chat: body.parse()?, sampling: body.parse()?, structured: body.parse()?, tools: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let (ids, wanted, reading) = state.compute(|state| prepare(state, request)).await?;

@@ -7,17 +7,18 @@ use ernie_checkpoint::Tokenizer;
 use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::charge::Charge;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::fields::{self, Known};
 use crate::grammar::Form;
+use crate::numbers::whole;
 use crate::prompt::Prompt;
 use crate::request_id::RequestId;
 use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
@@ -39,13 +40,16 @@ pub struct Completion {
     #[serde(default)]
     pub echo: Option<bool>,
     /// Report each token's log-probability, and as many of the likeliest in its place, at most 20.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(maximum = 20)]
     pub logprobs: Option<u32>,
     /// Only that of `n` is supported.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1, maximum = 128)]
     pub best_of: Option<u32>,
     /// Not supported.
     #[serde(default)]
+    #[schema(max_length = 0)]
     pub suffix: Option<String>,
 }
 
@@ -120,10 +124,6 @@ impl CompletionLogprobs {
     }
 }
 
-/// JSON has no infinity; OpenAI's servers write −9999.
-pub fn finite(logprob: f32) -> f32 {
-    logprob.max(-9999.0)
-}
 /// How far a text has come, of which tokens are pieces that may end inside a character.
 #[derive(Clone, Debug, Default)]
 struct Offset {
@@ -151,6 +151,10 @@ impl Offset {
     }
 }
 
+/// JSON has no infinity; OpenAI's servers write −9999.
+pub fn finite(logprob: f32) -> f32 {
+    logprob.max(-9999.0)
+}
 
 /// A prompt as an answer repeats it.
 #[derive(Clone, Debug, Default)]
@@ -211,9 +215,9 @@ fn prepare(state: &State, request: CompletionRequest) -> Result<Prepared, ApiErr
 
 /// Continue texts
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
-    (status = 200, description = "The answers; with `stream` as server-sent events of the same form", body = CompletionResponse),
-    (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
-    (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
+    (status = 200, description = "The answers; with `stream` as server-sent events, each a CompletionResponse", content(
+        (CompletionResponse = "application/json"), (String = "text/event-stream"),
+    )),
 ))]
 pub async fn completions(
     Extract(state): Extract<Shared>,
@@ -221,8 +225,7 @@ pub async fn completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("CompletionRequest"));
-    fields::check(&body, &KNOWN)?;
+    fields::check(&body, &Known::of("CompletionRequest"))?;
     let request = CompletionRequest { completion: body.parse()?, sampling: body.parse()?, structured: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let Prepared { prompts, echo, wanted, n, logprobs } = state.compute(|state| prepare(state, request)).await?;

@@ -78,7 +78,7 @@ impl FromStr for GroupBy {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut by = GroupBy::default();
         for part in text.split(',') {
-            match part.trim() {
+            match part {
                 "day" => by.day = true,
                 "key" => by.key = true,
                 "model" => by.model = true,
@@ -116,7 +116,8 @@ impl Period {
 /// A row of a report.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct UsageRow {
-    /// UTC, `YYYY-MM-DD`; null if rows are not for days.
+    /// UTC; null if rows are not for days.
+    #[schema(format = Date)]
     pub day: Option<String>,
     /// The key's id; null if rows are not for keys, or without a key.
     pub key_id: Option<String>,
@@ -218,7 +219,6 @@ pub enum Actor {
     Local,
 }
 
-impl fmt::Display for Actor {
 impl Actor {
     /// Whoever runs this process, as the system knows them: the name of its user in `/etc/passwd`, else the number. What the environment says anybody can set.
     #[cfg(unix)]
@@ -245,6 +245,7 @@ fn user(users: &str, id: u32) -> Option<String> {
     })
 }
 
+impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Actor::Key(id) => write!(f, "key:{id}"),
@@ -268,7 +269,6 @@ mod tests {
     }
 
     #[test]
-    #[test]
     #[cfg(unix)]
     fn users_by_their_numbers() {
         let users = "root:x:0:0:root:/root:/bin/sh\n+\n:x:7:7::/:\n# ann:x:5\nann:x:1000:1000:Ann,,,:/home/ann:/bin/sh\nbob:x:10001:1::/:\nanne:x:1000:0::/:\n";
@@ -276,6 +276,7 @@ mod tests {
         assert_eq!(names, [Some("root".to_owned()), Some("ann".to_owned()), Some("bob".to_owned()), None, None]);
     }
 
+    #[test]
     fn periods_and_groups() {
         let today: Day = "2024-03-01".parse().unwrap();
         let period = Period::named(None, None, today).unwrap();
