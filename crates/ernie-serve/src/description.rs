@@ -109,9 +109,13 @@ pub static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
     for name in ["ChatRequest", "CompletionRequest", "EmbeddingRequest"] {
         schemas[name] = whole(schemas, name);
     }
+    if let Some(schemas) = schemas.as_object_mut() {
+        // Their fields are in those of the requests now.
+        schemas.retain(|name, _| !["Chat", "Completion", "Sampling", "Structured", "Tools"].contains(&name.as_str()));
+    }
     let one_of = |this: &str, kind: &str, other: &str| json!({"required": [this], "properties": {(this): {"type": kind}, (other): {"type": "null"}}});
     schemas["TokenizeRequest"]["anyOf"] = json!([one_of("prompt", "string", "messages"), one_of("messages", "array", "prompt")]);
-    bound(schemas);
+    bound(&mut document);
     for (path, methods) in document["paths"].as_object_mut().into_iter().flatten() {
         let access = ROUTES.iter().find(|(route, _)| route == path).map(|(_, access)| *access);
         for operation in methods.as_object_mut().into_iter().flatten().map(|(_, operation)| operation) {
@@ -179,12 +183,15 @@ fn whole(schemas: &Value, name: &str) -> Value {
     object
 }
 
-/// Numbers end where their types do.
+/// Numbers end where their types do, whose names utoipa hyphenates.
 fn bound(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
-            if fields.get("format").is_some_and(|format| format == "uint32") {
-                fields.entry("maximum").or_insert(u32::MAX.into());
+            for (hyphenated, format, most) in [("u-int32", "uint32", u32::MAX.into()), ("u-int64", "uint64", u64::MAX)] {
+                if fields.get("format").is_some_and(|format| format == hyphenated) {
+                    fields.insert("format".to_owned(), format.into());
+                    fields.entry("maximum").or_insert(most.into());
+                }
             }
             fields.values_mut().for_each(bound);
         }

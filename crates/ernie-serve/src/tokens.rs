@@ -12,7 +12,7 @@ use crate::chat::{self, ChatMessage};
 use crate::fields::{self, Known};
 use crate::numbers::wholes;
 use crate::state::Shared;
-use crate::tools::Tool;
+use crate::tools::{Tool, Tools};
 
 /// A text or a conversation.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -93,6 +93,8 @@ pub async fn tokenize(
     let response = state.compute(move |state| {
         let tokens = match (request.prompt, request.messages) {
             (Some(text), None) => {
+                // They say nothing about a text; what is wrong with them is said all the same.
+                Tools { tools: request.tools, ..Tools::default() }.check()?;
                 let tokens = state.tokenizer.encode(&text, request.add_special_tokens.unwrap_or(true));
                 tokens.map_err(|error| ApiError::field("prompt", error.to_string()))?
             }

@@ -271,7 +271,7 @@ mod tests {
     #[test]
     #[cfg(unix)]
     fn users_by_their_numbers() {
-        let users = "root:x:0:0:root:/root:/bin/sh\n+\n:x:7:7::/:\n# ann:x:5\nann:x:1000:1000:Ann,,,:/home/ann:/bin/sh\nbob:x:10001:1::/:\nanne:x:1000:0::/:\n";
+        let users = "root:x:0:0:root:/:/bin/sh\n+\n:x:7:7::/:\n# ann:x:5\nann:x:1000:1000:Ann,,,:/ann:/bin/sh\nbob:x:10001:1::/:\nanne:x:1000:0::/:\n";
         let names = [0, 1000, 10001, 7, 100].map(|id| user(users, id));
         assert_eq!(names, [Some("root".to_owned()), Some("ann".to_owned()), Some("bob".to_owned()), None, None]);
     }

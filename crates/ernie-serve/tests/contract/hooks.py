@@ -44,7 +44,7 @@ def repair(body):
     if isinstance(body.get("model"), str):
         body["model"] = MODEL
     for field, most in (("n", 3), ("max_tokens", 8), ("max_completion_tokens", 8)):
-        if body.get(field):
+        if isinstance(body.get(field), (int, float)):
             body[field] = min(body[field], most)
     if not body.get("stream"):
         body.pop("stream_options", None)
@@ -57,8 +57,9 @@ def repair(body):
         del body[form]
     if given:
         body.pop("ignore_eos", None)
-    if not any((body.get("structured_outputs") or {}).values()):
-        body.pop("structured_outputs", None)
+    forms = body.get("structured_outputs")
+    if isinstance(forms, dict) and not any(forms.values()):
+        del body["structured_outputs"]
     if not body.get("tools"):
         body.pop("tool_choice", None)
     for message in body.get("messages") or []:

@@ -92,6 +92,8 @@ fn fields_out_of_range_are_named() {
     server.post("/v1/tokenize", &json!({})).error(400);
     assert_eq!(server.post("/v1/tokenize", &json!({"messages": [["user", "hi"]]})).error(400).0.as_deref(), Some("messages[0]"));
     assert_eq!(server.post("/v1/tokenize", &json!({"prompt": "x", "whatever": 1})).status, 200);
+    let tools = json!({"prompt": "x", "tools": [{"type": "other", "function": {"name": "f"}}]});
+    assert_eq!(server.post("/v1/tokenize", &tools).error(400).0.as_deref(), Some("tools[0].type"));
     server.post("/v1/embeddings", &json!({"input": "x", "dimensions": 3})).error(400);
     // What changes no answer is passed over, and null is as good as absent, even of what nobody knows.
     let body =
@@ -248,6 +250,8 @@ fn the_description_is_what_is_served() {
     let of_chats = &schemas["ChatRequest"];
     assert_eq!((&of_chats["properties"]["n"]["minimum"], &of_chats["properties"]["n"]["maximum"]), (&json!(1), &json!(128)));
     assert_eq!((&of_chats["properties"]["top_p"]["exclusiveMinimum"], &of_chats["properties"]["top_p"]["maximum"]), (&json!(0), &json!(1)));
+    let ids = json!({"type": "integer", "format": "uint32", "minimum": 0, "maximum": u32::MAX});
+    assert_eq!(of_chats["properties"]["stop_token_ids"]["items"], ids);
     assert_eq!((&of_chats["additionalProperties"], &of_chats["required"]), (&json!({"type": "null"}), &json!(["messages"])));
     assert_eq!((&schemas["NewKey"]["required"], &schemas["KeyFields"]["required"]), (&json!(["name", "scopes"]), &Value::Null));
     for (name, some) in [("CompletionRequest", ["prompt", "echo", "logit_bias"]), ("ChatRequest", ["messages", "top_logprobs", "min_p"])] {
