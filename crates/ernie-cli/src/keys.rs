@@ -113,12 +113,6 @@ fn expiry(text: &str) -> Result<u64, String> {
     text.parse::<Day>().map(Day::start).map_err(|reason| format!("{reason}; or a number of days, as 30d"))
 }
 
-/// Who runs the command, for the audit log.
-fn actor() -> Actor {
-    let name = |variable| std::env::var(variable).ok().filter(|name| !name.is_empty());
-    Actor::CommandLine(name("USER").or_else(|| name("LOGNAME")).unwrap_or_else(|| "unknown".to_owned()))
-}
-
 /// Runs the command.
 pub fn run(arguments: &KeysArguments) -> anyhow::Result<()> {
     let config = arguments.database.config()?;
@@ -126,7 +120,7 @@ pub fn run(arguments: &KeysArguments) -> anyhow::Result<()> {
     match &arguments.action {
         Action::Create(create) => {
             let grant = create.grant()?;
-            let (key, presented) = accounts::with_store(&config, async |store| create_key(store, grant, actor()).await)?;
+            let (key, presented) = accounts::with_store(&config, async |store| create_key(store, grant, Actor::of_process()).await)?;
             if arguments.json {
                 let mut json = serde_json::json!(key);
                 json["key"] = presented.into();
@@ -148,7 +142,7 @@ pub fn run(arguments: &KeysArguments) -> anyhow::Result<()> {
             }
         }
         Action::Revoke { id } => {
-            let key = accounts::with_store(&config, async |store| accounts::revoke_key(store, id, actor()).await)?;
+            let key = accounts::with_store(&config, async |store| accounts::revoke_key(store, id, Actor::of_process()).await)?;
             let key = key.ok_or_else(|| anyhow::anyhow!("there is no key {id}; `ernie keys list` shows them"))?;
             if arguments.json {
                 writeln!(out, "{}", serde_json::json!(key))?;

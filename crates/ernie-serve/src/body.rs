@@ -1,10 +1,11 @@
 //! Bodies of requests: their size, their time, and what JSON says where.
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use axum::body::{Body, HttpBody, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, DeserializeSeed};
 
 use crate::api_error::ApiError;
 use crate::state::Shared;
@@ -47,6 +48,14 @@ impl JsonBody {
     /// # Errors
     /// 400 that names the field at fault, if it is one.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        self.parse_with(PhantomData)
+    }
+
+    /// Reads it with a state.
+    ///
+    /// # Errors
+    /// As [`JsonBody::parse`].
+    pub fn parse_with<T>(&self, seed: impl for<'de> DeserializeSeed<'de, Value = T>) -> Result<T, ApiError> {
         // Fields by their places in a list would be taken too.
         if self.0.trim_ascii_start().first() == Some(&b'[') {
             return Err(ApiError::request(StatusCode::BAD_REQUEST, None, "expected a JSON object, got a list"));
@@ -57,10 +66,11 @@ impl JsonBody {
             let error = ApiError::request(StatusCode::BAD_REQUEST, None, format!("{place}{error}"));
             param.into_iter().fold(error, ApiError::of)
         };
-        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-            let path = error.path().to_string();
+        let mut track = serde_path_to_error::Track::new();
+        let value = seed.deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track)).map_err(|error| {
+            let path = track.path().to_string();
             let inside = (path != ".").then_some(path);
-            let text = error.inner().to_string();
+            let text = error.to_string();
             let missing = text.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
             let field = match (inside, missing) {
                 (Some(path), Some(missing)) => Some(format!("{path}.{missing}")),
@@ -68,7 +78,7 @@ impl JsonBody {
                 (inside, None) => inside,
             };
             // What is no JSON is nobody's field.
-            refuse(error.inner(), field.filter(|_| error.inner().is_data()))
+            refuse(&error, field.filter(|_| error.is_data()))
         })?;
         json.end().map_err(|error| refuse(&error, None))?;
         Ok(value)

@@ -8,17 +8,18 @@ use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::completions::finite;
 use crate::config::ReasoningParser;
 use crate::fields::{self, Known};
 use crate::grammar::Form;
+use crate::numbers::whole;
 use crate::prompt;
 use crate::request_id::RequestId;
 use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
@@ -33,12 +34,14 @@ use crate::worker::Token;
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct Chat {
     /// Its turns.
+    #[schema(min_items = 1)]
     pub messages: Vec<ChatMessage>,
     /// Report each token's log-probability.
     #[serde(default)]
     pub logprobs: Option<bool>,
     /// With `logprobs`: as many of the likeliest tokens in its place, at most 20.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(maximum = 20)]
     pub top_logprobs: Option<u32>,
     /// Variables of the chat template, by name.
     #[serde(default)]
@@ -68,7 +71,7 @@ pub struct ChatRequest {
 pub struct ChatMessage {
     /// `system` (or `developer`), `user`, `assistant`, `tool`, or what the template knows besides.
     pub role: String,
-    /// Its text.
+    /// Its text; only the assistant's turns with calls may do without.
     #[serde(default)]
     pub content: Option<Content>,
     /// Of the assistant: what it called.
@@ -97,9 +100,11 @@ pub enum Content {
 pub struct Part {
     /// `text`.
     #[serde(rename = "type")]
+    #[schema(pattern = "^text$")]
     pub kind: String,
     /// The text.
     #[serde(default)]
+    #[schema(required = true, value_type = String)]
     pub text: Option<String>,
 }
 
@@ -116,9 +121,10 @@ pub struct ChatResponse {
     pub model: String,
     /// `n` answers; in a stream one answer's next piece.
     pub choices: Vec<ChatChoice>,
-    /// In a stream only in its last event, if asked for.
+    /// In a stream, if asked for, in its last event, and null in those before.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Usage>,
+    #[schema(value_type = Option<Usage>)]
+    pub usage: Option<Option<Usage>>,
 }
 
 /// One answer.
@@ -200,8 +206,14 @@ impl ChatAlternative {
 /// 400 for a turn that is not text.
 pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
     let message = |(index, turn): (usize, ChatMessage)| {
+        let calls = turn.tool_calls.filter(|calls| !calls.is_empty());
         let content = match turn.content {
-            None => String::new(),
+            // Who only calls says nothing.
+            None if turn.role == "assistant" && calls.is_some() => String::new(),
+            None => {
+                let field = format!("messages[{index}].content");
+                return Err(ApiError::field(&field, format!("`{field}`: expected a string or a list of parts")));
+            }
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
                 let text = |part: Part| match (part.kind.as_str(), part.text) {
@@ -217,7 +229,7 @@ pub fn messages(turns: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
         // OpenAI's newer name for the same.
         let role = if turn.role == "developer" { "system".to_owned() } else { turn.role };
         let mut message = Message::new(role, content);
-        if let Some(calls) = turn.tool_calls.filter(|calls| !calls.is_empty()) {
+        if let Some(calls) = calls {
             message.fields.push(("tool_calls".to_owned(), past_calls(calls, &format!("messages[{index}]"))?));
         }
         message.fields.extend(turn.tool_call_id.map(|id| ("tool_call_id".to_owned(), Value::String(id))));
@@ -304,9 +316,9 @@ fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted, Rea
 
 /// Answer a conversation
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
-    (status = 200, description = "The answers; with `stream` as server-sent events with `delta` for `message`", body = ChatResponse),
-    (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
-    (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
+    (status = 200, description = "The answers; with `stream` as server-sent events, each a ChatResponse with `delta` for `message`", content(
+        (ChatResponse = "application/json"), (String = "text/event-stream"),
+    )),
 ))]
 pub async fn chat_completions(
     Extract(state): Extract<Shared>,
@@ -314,8 +326,7 @@ pub async fn chat_completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("ChatRequest"));
-    fields::check(&body, &KNOWN)?;
+    fields::check(&body, &Known::of("ChatRequest"))?;
     let request = ChatRequest { chat: body.parse()?, sampling: body.parse()?, structured: body.parse()?, tools: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let (ids, wanted, reading) = state.compute(|state| prepare(state, request)).await?;
@@ -330,7 +341,7 @@ pub async fn chat_completions(
             created: unix_seconds(),
             model: state.name.clone(),
             choices: Vec::new(),
-            usage: None,
+            usage: (streams && usage_wanted).then_some(None),
         },
         tokenizer: Arc::clone(&state.tokenizer),
         logprobs: wanted.logprobs.is_some(),
@@ -378,7 +389,7 @@ impl ChatShape {
             let finish_reason = answer.reason.map(|reason| self.reason(index, reason));
             self.head.choices.push(ChatChoice { index, message, delta: None, logprobs, finish_reason });
         }
-        self.head.usage = Some(usage);
+        self.head.usage = Some(Some(usage));
         self.head
     }
 
@@ -456,6 +467,6 @@ impl Shape for ChatShape {
     }
 
     fn usage(&mut self, usage: Usage) -> Option<Bytes> {
-        self.usage_wanted.then(|| frame(&ChatResponse { usage: Some(usage), ..self.head.clone() }))
+        self.usage_wanted.then(|| frame(&ChatResponse { usage: Some(Some(usage)), ..self.head.clone() }))
     }
 }

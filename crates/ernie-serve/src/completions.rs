@@ -7,23 +7,24 @@ use ernie_checkpoint::Tokenizer;
 use ernie_engine::FinishReason;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::charge::Charge;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::fields::{self, Known};
 use crate::grammar::Form;
+use crate::numbers::whole;
 use crate::prompt::Prompt;
 use crate::request_id::RequestId;
 use crate::sampling::{MAX_TOP_LOGPROBS, Sampling};
 use crate::state::{Shared, State, unix_seconds};
 use crate::structured::Structured;
-use crate::token_text::token_text;
+use crate::token_text::{token_bytes, token_text};
 use crate::whole::Score;
 use crate::worker::{Event, Job, Places, Task, Token};
 
@@ -39,13 +40,16 @@ pub struct Completion {
     #[serde(default)]
     pub echo: Option<bool>,
     /// Report each token's log-probability, and as many of the likeliest in its place, at most 20.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(maximum = 20)]
     pub logprobs: Option<u32>,
     /// Only that of `n` is supported.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1, maximum = 128)]
     pub best_of: Option<u32>,
     /// Not supported.
     #[serde(default)]
+    #[schema(max_length = 0)]
     pub suffix: Option<String>,
 }
 
@@ -76,9 +80,10 @@ pub struct CompletionResponse {
     pub model: String,
     /// `n` answers to each prompt, one prompt after the other; in a stream one answer's next piece.
     pub choices: Vec<CompletionChoice>,
-    /// Of the whole request; in a stream only in its last event, if asked for.
+    /// Of the whole request; in a stream, if asked for, in its last event, and null in those before.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Usage>,
+    #[schema(value_type = Option<Usage>)]
+    pub usage: Option<Option<Usage>>,
 }
 
 /// One answer.
@@ -103,20 +108,46 @@ pub struct CompletionLogprobs {
     pub token_logprobs: Vec<Option<f32>>,
     /// The likeliest tokens in its place; null for the first token of a prompt.
     pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
-    /// Characters of the text before the token.
+    /// Characters of the text before the token; of a token that begins inside a character, before that.
     pub text_offset: Vec<usize>,
 }
 
 impl CompletionLogprobs {
-    fn push(&mut self, tokenizer: &Tokenizer, id: u32, logprob: Option<f32>, top: &[(u32, f32)], offset: &mut usize) {
-        let text = token_text(tokenizer, id);
-        self.text_offset.push(*offset);
-        *offset += text.chars().count();
-        self.tokens.push(text);
+    fn push(&mut self, tokenizer: &Tokenizer, id: u32, logprob: Option<f32>, top: &[(u32, f32)], offset: &mut Offset) {
+        self.text_offset.push(offset.characters);
+        offset.push(&token_bytes(tokenizer, id));
+        self.tokens.push(token_text(tokenizer, id));
         self.token_logprobs.push(logprob.map(finite));
         // Of tokens that read alike the likeliest counts: it comes last.
         let top = logprob.map(|_| top.iter().rev().map(|&(id, logprob)| (token_text(tokenizer, id), finite(logprob))).collect());
         self.top_logprobs.push(top);
+    }
+}
+
+/// How far a text has come, of which tokens are pieces that may end inside a character.
+#[derive(Clone, Debug, Default)]
+struct Offset {
+    /// Those that are whole.
+    characters: usize,
+    /// The beginning of the next.
+    begun: Vec<u8>,
+}
+
+impl Offset {
+    fn push(&mut self, bytes: &[u8]) {
+        self.begun.extend_from_slice(bytes);
+        let mut left = 0;
+        let mut chunks = self.begun.utf8_chunks().peekable();
+        while let Some(chunk) = chunks.next() {
+            self.characters += chunk.valid().chars().count();
+            // What may still become a character waits; what cannot is one, U+FFFD.
+            match std::str::from_utf8(chunk.invalid()) {
+                Err(error) if error.error_len().is_none() && chunks.peek().is_none() => left = chunk.invalid().len(),
+                Err(_) => self.characters += 1,
+                Ok(_) => {}
+            }
+        }
+        self.begun.drain(..self.begun.len() - left);
     }
 }
 
@@ -130,8 +161,8 @@ pub fn finite(logprob: f32) -> f32 {
 struct Echo {
     text: String,
     logprobs: Option<CompletionLogprobs>,
-    /// Characters of the tokens' texts.
-    characters: usize,
+    /// Where the tokens' texts end.
+    end: Offset,
 }
 
 /// Everything about a request, checked.
@@ -184,9 +215,9 @@ fn prepare(state: &State, request: CompletionRequest) -> Result<Prepared, ApiErr
 
 /// Continue texts
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
-    (status = 200, description = "The answers; with `stream` as server-sent events of the same form", body = CompletionResponse),
-    (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
-    (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
+    (status = 200, description = "The answers; with `stream` as server-sent events, each a CompletionResponse", content(
+        (CompletionResponse = "application/json"), (String = "text/event-stream"),
+    )),
 ))]
 pub async fn completions(
     Extract(state): Extract<Shared>,
@@ -194,8 +225,7 @@ pub async fn completions(
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("CompletionRequest"));
-    fields::check(&body, &KNOWN)?;
+    fields::check(&body, &Known::of("CompletionRequest"))?;
     let request = CompletionRequest { completion: body.parse()?, sampling: body.parse()?, structured: body.parse()? };
     let (streams, usage_wanted) = (request.sampling.streams()?, request.sampling.includes_usage());
     let Prepared { prompts, echo, wanted, n, logprobs } = state.compute(|state| prepare(state, request)).await?;
@@ -213,8 +243,8 @@ pub async fn completions(
         let ids = prompts.clone();
         let logprobs =
             state.compute(move |state| Ok(ids.iter().zip(&scores).map(|(ids, scores)| report(state, ids, scores)).collect::<Vec<_>>()));
-        for (echo, (logprobs, characters)) in echoes.iter_mut().zip(logprobs.await?) {
-            (echo.logprobs, echo.characters) = (Some(logprobs), characters);
+        for (echo, (logprobs, end)) in echoes.iter_mut().zip(logprobs.await?) {
+            (echo.logprobs, echo.end) = (Some(logprobs), end);
         }
     }
     let shape = CompletionShape {
@@ -224,10 +254,10 @@ pub async fn completions(
             created: unix_seconds(),
             model: state.name.clone(),
             choices: Vec::new(),
-            usage: None,
+            usage: (streams && usage_wanted).then_some(None),
         },
         tokenizer: Arc::clone(&state.tokenizer),
-        offsets: (0..prompts.len() * n).map(|index| echoes.get(index / n).map_or(0, |echo| echo.characters)).collect(),
+        offsets: (0..prompts.len() * n).map(|index| echoes.get(index / n).map_or_else(Offset::default, |echo| echo.end.clone())).collect(),
         logprobs: logprobs.is_some(),
         usage_wanted,
         echoes,
@@ -276,21 +306,21 @@ async fn score(places: &mut Places, prompts: &[Vec<u32>], top: usize, charge: &C
     Ok(all)
 }
 
-/// A prompt's tokens as an answer reports them, and the characters of their texts.
-fn report(state: &State, ids: &[u32], scores: &[Score]) -> (CompletionLogprobs, usize) {
-    let (mut logprobs, mut characters) = (CompletionLogprobs::default(), 0);
+/// A prompt's tokens as an answer reports them, and where their texts end.
+fn report(state: &State, ids: &[u32], scores: &[Score]) -> (CompletionLogprobs, Offset) {
+    let (mut logprobs, mut end) = (CompletionLogprobs::default(), Offset::default());
     for (id, score) in ids.iter().zip(scores) {
-        logprobs.push(&state.tokenizer, *id, score.logprob, &score.top, &mut characters);
+        logprobs.push(&state.tokenizer, *id, score.logprob, &score.top, &mut end);
     }
-    (logprobs, characters)
+    (logprobs, end)
 }
 
 /// How answers are written.
 struct CompletionShape {
     head: CompletionResponse,
     tokenizer: Arc<Tokenizer>,
-    /// Characters so far, of each answer.
-    offsets: Vec<usize>,
+    /// Where each answer has come to.
+    offsets: Vec<Offset>,
     logprobs: bool,
     usage_wanted: bool,
     /// Of each prompt, if they are repeated.
@@ -315,7 +345,7 @@ impl CompletionShape {
             let finish_reason = answer.reason.map(finish_reason);
             self.head.choices.push(CompletionChoice { index, text: text + &answer.text, logprobs, finish_reason });
         }
-        self.head.usage = Some(usage);
+        self.head.usage = Some(Some(usage));
         self.head
     }
 
@@ -353,6 +383,24 @@ impl Shape for CompletionShape {
     }
 
     fn usage(&mut self, usage: Usage) -> Option<Bytes> {
-        self.usage_wanted.then(|| frame(&CompletionResponse { usage: Some(usage), ..self.head.clone() }))
+        self.usage_wanted.then(|| frame(&CompletionResponse { usage: Some(Some(usage)), ..self.head.clone() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Offset;
+
+    #[test]
+    fn offsets_count_characters_that_come_in_pieces_once() {
+        let mut offset = Offset::default();
+        let mut places = Vec::new();
+        // "a春b", "é" in two, a byte that is none, "😀" with its end missing, "c".
+        for piece in [&b"a\xe6"[..], b"\x98", b"\xa5b", b"\xc3", b"\xa9", b"\xff", b"\xf0\x9f", b"\x98", b"c"] {
+            places.push(offset.characters);
+            offset.push(piece);
+        }
+        assert_eq!(places, [0, 1, 1, 3, 3, 4, 5, 5, 5]);
+        assert_eq!(offset.characters, "a春bé\u{fffd}\u{fffd}c".chars().count());
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! A vector is the mean of the model's final states over the text. The models are trained to tell the next token, so the last state alone would speak of
 //! what follows; the mean speaks of the whole text, and needs no training of its own.
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use axum::extract::State as Extract;
@@ -15,9 +14,10 @@ use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::answer::Usage;
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::fields::{self, Known};
+use crate::numbers::whole;
 use crate::prompt::Prompt;
 use crate::state::{Shared, State};
 use crate::worker::{Event, Job, Places, Refused, Task};
@@ -39,7 +39,8 @@ pub struct EmbeddingRequest {
     #[serde(default)]
     pub encoding_format: Option<Encoding>,
     /// Only the model's own number is supported.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
     pub dimensions: Option<usize>,
 }
 
@@ -110,16 +111,13 @@ async fn wait_for_places(state: &State, count: usize) -> Result<Places, ApiError
 /// Texts to vectors
 #[utoipa::path(post, path = "/v1/embeddings", tag = "openai", request_body = EmbeddingRequest, responses(
     (status = 200, description = "The vectors", body = EmbeddingResponse),
-    (status = "4XX", description = "The request is at fault, or the queue is full (429)", body = ErrorBody),
-    (status = "5XX", description = "The server is at fault, or shutting down (503)", body = ErrorBody),
 ))]
 pub async fn embeddings(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
-    static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("EmbeddingRequest"));
-    fields::check(&body, &KNOWN)?;
+    fields::check(&body, &Known::of("EmbeddingRequest"))?;
     let request: EmbeddingRequest = body.parse()?;
     state.check_model(request.model.as_deref())?;
     let hidden = state.model.config().hidden_size;

@@ -15,7 +15,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use utoipa::ToSchema;
 
 use crate::answer::frame;
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::recent::{Amount, Latency, Quantiles};
 use crate::settings::Settings;
 use crate::state::{Shared, State, unix_seconds};
@@ -105,9 +105,7 @@ pub struct OpenShares {
 
 /// How things stand, once a second
 #[utoipa::path(get, path = "/v1/live", tag = "operation", responses(
-    (status = 200, description = "Server-sent events", body = Live, content_type = "text/event-stream"),
-    (status = "4XX", description = "Too many look on (429)", body = ErrorBody),
-    (status = "5XX", description = "The server is shutting down (503)", body = ErrorBody),
+    (status = 200, description = "Server-sent events, each a Live", body = String, content_type = "text/event-stream"),
 ))]
 pub async fn events(Extract(state): Extract<Shared>) -> Result<Response, ApiError> {
     if state.draining.load(Ordering::SeqCst) {

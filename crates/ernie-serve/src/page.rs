@@ -4,12 +4,12 @@
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::LazyLock;
 
-use axum::extract::Path;
 use axum::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 
 use crate::api_error::ApiError;
+use crate::parameters::Segment;
 
 /// What a browser may do with the page: its own scripts and styles and its own server, nothing written inside the document, no frame around it. Strings
 /// never become markup or code either (trusted types), whatever a model writes.
@@ -88,7 +88,7 @@ pub async fn index(headers: HeaderMap) -> Response {
 }
 
 /// `GET /assets/{file}`
-pub async fn asset(Path(name): Path<String>, uri: Uri, headers: HeaderMap) -> Result<Response, ApiError> {
+pub async fn asset(Segment(name): Segment, uri: Uri, headers: HeaderMap) -> Result<Response, ApiError> {
     match FILES.iter().position(|file| file.name == name) {
         Some(index @ 1..) => Ok(answer(index, &headers)),
         _ => Err(ApiError::request(StatusCode::NOT_FOUND, Some("unknown_url"), format!("There is nothing at {}.", uri.path()))),

@@ -3,56 +3,28 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use axum::extract::{MatchedPath, Path, Request, State as Extract};
+use axum::extract::{MatchedPath, Request, State as Extract};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use serde::Serialize;
-use utoipa::{OpenApi, ToSchema};
+use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::access;
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::chat::chat_completions;
 use crate::completions::completions;
+use crate::description::openapi;
 use crate::embeddings::embeddings;
+use crate::parameters::Segment;
 use crate::request_id::{self, RequestId};
 use crate::settings::{change_settings, settings};
 use crate::state::{Shared, State};
 use crate::tokens::{detokenize, tokenize};
-use crate::{admin, chat, completions, embeddings, page, tokens};
-
-/// The description that `/openapi.json` gives.
-#[derive(Debug, OpenApi)]
-#[openapi(
-    info(title = "ernie serve", description = "An OpenAI-compatible server for ERNIE-4.5 models"),
-    paths(
-        list_models,
-        one_model,
-        completions::completions,
-        chat::chat_completions,
-        embeddings::embeddings,
-        tokens::tokenize,
-        tokens::detokenize,
-        live,
-        ready,
-        metrics,
-        crate::live::events,
-        crate::settings::settings,
-        crate::settings::change_settings,
-        openapi,
-        admin::session::session,
-        admin::keys::list,
-        admin::keys::create,
-        admin::keys::change,
-        admin::keys::revoke,
-        admin::reports::usage,
-        admin::reports::audit
-    )
-)]
-pub(crate) struct Description;
+use crate::{admin, page};
 
 /// All routes.
 pub fn router(state: Shared) -> Router {
@@ -109,19 +81,18 @@ fn entry(state: &State) -> ModelEntry {
 
 /// The models
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "The models", body = ModelList)))]
-async fn list_models(Extract(state): Extract<Shared>, Extension(caller): Extension<Caller>) -> Json<ModelList> {
+pub(crate) async fn list_models(Extract(state): Extract<Shared>, Extension(caller): Extension<Caller>) -> Json<ModelList> {
     Json(ModelList { object: "list", data: caller.allows_model(&state.name).then(|| entry(&state)).into_iter().collect() })
 }
 
 /// One model
 #[utoipa::path(get, path = "/v1/models/{model}", tag = "openai", params(("model" = String, Path, description = "Its name")), responses(
     (status = 200, description = "The model", body = ModelEntry),
-    (status = 404, description = "There is none of that name", body = ErrorBody),
 ))]
-async fn one_model(
+pub(crate) async fn one_model(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
-    Path(model): Path<String>,
+    Segment(model): Segment,
 ) -> Result<Json<ModelEntry>, ApiError> {
     state.check_model(Some(&model))?;
     if !caller.allows_model(&model) {
@@ -132,16 +103,15 @@ async fn one_model(
 
 /// Whether the process answers
 #[utoipa::path(get, path = "/health/live", tag = "operation", responses((status = 200, description = "It does", body = String)))]
-async fn live() -> &'static str {
+pub(crate) async fn live() -> &'static str {
     "live\n"
 }
 
 /// Whether requests are taken
 #[utoipa::path(get, path = "/health/ready", tag = "operation", responses(
     (status = 200, description = "They are", body = String),
-    (status = 503, description = "The server is shutting down, its engine has come to an end, or its database does not answer", body = ErrorBody),
 ))]
-async fn ready(Extract(state): Extract<Shared>) -> Result<&'static str, ApiError> {
+pub(crate) async fn ready(Extract(state): Extract<Shared>) -> Result<&'static str, ApiError> {
     if !state.worker.is_open() || state.draining.load(Ordering::SeqCst) {
         return Err(ApiError::unavailable("The server takes no requests."));
     }
@@ -153,17 +123,13 @@ async fn ready(Extract(state): Extract<Shared>) -> Result<&'static str, ApiError
     }
 }
 
-/// Counters and histograms
-#[utoipa::path(get, path = "/metrics", tag = "operation", responses((status = 200, description = "OpenMetrics text", body = String)))]
-async fn metrics(Extract(state): Extract<Shared>) -> impl IntoResponse {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], state.metrics.page(state.worker.waiting()))
-}
+/// What Prometheus asks for.
+const METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// This description
-#[utoipa::path(get, path = "/openapi.json", tag = "operation", responses((status = 200, description = "OpenAPI", body = Object)))]
-async fn openapi() -> Json<utoipa::openapi::OpenApi> {
-    Json(Description::openapi())
+/// Counters and histograms
+#[utoipa::path(get, path = "/metrics", tag = "operation", responses((status = 200, description = "OpenMetrics text", body = String, content_type = METRICS)))]
+pub(crate) async fn metrics(Extract(state): Extract<Shared>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, METRICS)], state.metrics.page(state.worker.waiting()))
 }
 
 async fn not_found(uri: Uri) -> ApiError {

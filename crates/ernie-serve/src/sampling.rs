@@ -5,8 +5,10 @@ use std::ops::RangeInclusive;
 use ernie_engine::SamplingParams;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{ArrayBuilder, Object, ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 
 use crate::api_error::ApiError;
+use crate::numbers::{some_wholes, whole};
 
 /// Most answers to one prompt, as OpenAI has it.
 const MAX_N: u32 = 128;
@@ -22,34 +24,50 @@ pub struct Sampling {
     /// The model's name; the one there is if absent.
     pub model: Option<String>,
     /// Most tokens of an answer; 16 for completions, what the context leaves for chats.
+    #[serde(deserialize_with = "whole")]
     pub max_tokens: Option<u32>,
     /// The same under its later name, which wins.
+    #[serde(deserialize_with = "whole")]
     pub max_completion_tokens: Option<u32>,
     /// 0 to 2; 0 takes the likeliest token each time. 1 if absent.
+    #[schema(minimum = 0, maximum = 2)]
     pub temperature: Option<f32>,
     /// Above 0, at most 1; 1 if absent.
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub top_p: Option<f32>,
     /// The k likeliest tokens only; 0 and −1 mean all.
+    #[schema(minimum = -1)]
+    #[serde(deserialize_with = "whole")]
     pub top_k: Option<i64>,
     /// 0 to 1: tokens at least as many times as likely as the likeliest.
+    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f32>,
     /// −2 to 2.
+    #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f32>,
     /// −2 to 2.
+    #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f32>,
     /// Above 0; 1 changes nothing.
+    #[schema(exclusive_minimum = 0, maximum = 3.4028234663852886e38)]
     pub repetition_penalty: Option<f32>,
     /// Token ids with what is added to their logits, −100 to 100.
+    #[schema(schema_with = biases)]
     pub logit_bias: Option<BTreeMap<String, f32>>,
     /// The same seed with the same request gives the same answer; a new one each time if absent. Answer i of n has seed + i.
+    #[serde(deserialize_with = "whole")]
     pub seed: Option<i64>,
     /// The answer ends before the first of these.
+    #[schema(schema_with = stops)]
     pub stop: Option<Stop>,
     /// The answer ends at any of these tokens.
+    #[serde(deserialize_with = "some_wholes")]
     pub stop_token_ids: Option<Vec<u32>>,
     /// Go on past the model's own end of a text.
     pub ignore_eos: Option<bool>,
     /// Answers to each prompt, 1 to 128.
+    #[schema(minimum = 1, maximum = 128)]
+    #[serde(deserialize_with = "whole")]
     pub n: Option<u32>,
     /// Send the answer as server-sent events while it is made.
     pub stream: Option<bool>,
@@ -57,16 +75,39 @@ pub struct Sampling {
     pub stream_options: Option<StreamOptions>,
 }
 
+/// Token ids, written as text, with numbers.
+fn biases() -> Object {
+    let bias = ObjectBuilder::new().schema_type(Type::Number).minimum(Some(-100)).maximum(Some(100));
+    let id = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9]{1,9}$"));
+    ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter([Type::Object, Type::Null]))
+        .description(Some("Token ids with what is added to their logits, −100 to 100."))
+        .additional_properties(Some(bias))
+        .property_names(Some(id.build()))
+        .build()
+}
+
+/// A string or several.
+fn stops() -> Schema {
+    let one = ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)).build();
+    OneOfBuilder::new()
+        .description(Some("The answer ends before the first of these."))
+        .item(one.clone())
+        .item(ArrayBuilder::new().items(one).max_items(Some(MAX_STOPS)))
+        .item(ObjectBuilder::new().schema_type(Type::Null))
+        .into()
+}
+
 /// About a stream.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
 #[serde(default)]
 pub struct StreamOptions {
-    /// A last event with the counts of tokens.
+    /// A last event with the counts of tokens; those before have null in its place.
     pub include_usage: Option<bool>,
 }
 
 /// One string or several.
-#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(untagged, expecting = "expected a string or a list of strings")]
 pub enum Stop {
     /// One.

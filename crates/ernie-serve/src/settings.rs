@@ -8,8 +8,9 @@ use utoipa::ToSchema;
 
 use crate::accounts::usage::Audit;
 use crate::accounts::{Caller, away};
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
+use crate::numbers::whole;
 use crate::state::{Shared, unix_seconds};
 
 /// How requests are put together. In force until the server ends: the next start reads the configuration again.
@@ -29,7 +30,8 @@ pub struct SettingsPatch {
     #[serde(default)]
     pub dynamic_batching: Option<bool>,
     /// Most requests computed together, at least 1. Those that run are not interrupted.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1, maximum = 4294967295_u32)]
     pub max_batch_size: Option<usize>,
 }
 
@@ -79,7 +81,6 @@ pub async fn settings(Extract(state): Extract<Shared>) -> Json<Settings> {
 /// Change settings from the engine's next step on
 #[utoipa::path(patch, path = "/admin/api/settings", tag = "admin", request_body = SettingsPatch, responses(
     (status = 200, description = "The settings now in force", body = Settings),
-    (status = "4XX", description = "The request is at fault", body = ErrorBody),
 ))]
 pub async fn change_settings(
     Extract(state): Extract<Shared>,

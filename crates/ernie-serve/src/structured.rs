@@ -2,6 +2,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use crate::api_error::ApiError;
 use crate::grammar::Rule;
@@ -16,11 +17,12 @@ pub struct Structured {
     /// vLLM's.
     pub structured_outputs: Option<StructuredOutputs>,
     /// A JSON schema, or one written out as text.
-    #[schema(value_type = Option<Object>)]
+    #[schema(schema_with = schema_or_text)]
     pub guided_json: Option<Value>,
     /// A regular expression for the whole answer.
     pub guided_regex: Option<String>,
     /// The answer is one of these.
+    #[schema(min_items = 1)]
     pub guided_choice: Option<Vec<String>>,
     /// A grammar in Lark's notation, as the crate llguidance reads it.
     pub guided_grammar: Option<String>,
@@ -31,6 +33,7 @@ pub struct Structured {
 pub struct ResponseFormat {
     /// `text`, `json_object` or `json_schema`.
     #[serde(rename = "type")]
+    #[schema(pattern = "^(text|json_object|json_schema)$")]
     pub kind: String,
     /// For `json_schema`.
     #[serde(default)]
@@ -60,11 +63,12 @@ pub struct JsonSchema {
 #[serde(default)]
 pub struct StructuredOutputs {
     /// A JSON schema, or one written out as text.
-    #[schema(value_type = Option<Object>)]
+    #[schema(schema_with = schema_or_text)]
     pub json: Option<Value>,
     /// A regular expression for the whole answer.
     pub regex: Option<String>,
     /// The answer is one of these.
+    #[schema(min_items = 1)]
     pub choice: Option<Vec<String>>,
     /// A grammar in Lark's notation, as the crate llguidance reads it.
     pub grammar: Option<String>,
@@ -75,8 +79,19 @@ pub struct StructuredOutputs {
     /// What may stand between the parts of JSON, as a regular expression.
     pub whitespace_pattern: Option<String>,
     /// Not supported.
-    #[schema(value_type = Option<Object>)]
+    #[schema(schema_with = nothing)]
     pub structural_tag: Option<Value>,
+}
+
+/// How a JSON schema is described that may come as text.
+fn schema_or_text() -> Object {
+    let types = SchemaType::from_iter([Type::Object, Type::String, Type::Null]);
+    ObjectBuilder::new().schema_type(types).description(Some("A JSON schema, or one written out as text.")).build()
+}
+
+/// How a field is described that is not supported.
+fn nothing() -> Object {
+    ObjectBuilder::new().schema_type(Type::Null).description(Some("Not supported.")).build()
 }
 
 /// A rule and the field it came from.

@@ -6,11 +6,13 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::chat::{self, ChatMessage};
+use crate::fields::{self, Known};
+use crate::numbers::wholes;
 use crate::state::Shared;
-use crate::tools::Tool;
+use crate::tools::{Tool, Tools};
 
 /// A text or a conversation.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -23,6 +25,7 @@ pub struct TokenizeRequest {
     pub prompt: Option<String>,
     /// A conversation, which the chat template writes out.
     #[serde(default)]
+    #[schema(min_items = 1)]
     pub messages: Option<Vec<ChatMessage>>,
     /// For a text: with the tokens that the tokenizer's own rules put around it; true if absent.
     #[serde(default)]
@@ -62,6 +65,7 @@ pub struct DetokenizeRequest {
     #[serde(default)]
     pub model: Option<String>,
     /// Their ids.
+    #[serde(deserialize_with = "wholes")]
     pub tokens: Vec<u32>,
 }
 
@@ -75,13 +79,13 @@ pub struct DetokenizeResponse {
 /// Text to tokens
 #[utoipa::path(post, path = "/v1/tokenize", tag = "tokens", request_body = TokenizeRequest, responses(
     (status = 200, description = "The tokens", body = TokenizeResponse),
-    (status = "4XX", description = "The request is at fault", body = ErrorBody),
 ))]
 pub async fn tokenize(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
+    fields::check(&body, &Known::at_least("TokenizeRequest"))?;
     let request: TokenizeRequest = body.parse()?;
     state.check_model(request.model.as_deref())?;
     // A request, but no tokens: the model computes nothing.
@@ -89,6 +93,8 @@ pub async fn tokenize(
     let response = state.compute(move |state| {
         let tokens = match (request.prompt, request.messages) {
             (Some(text), None) => {
+                // They say nothing about a text; what is wrong with them is said all the same.
+                Tools { tools: request.tools, ..Tools::default() }.check()?;
                 let tokens = state.tokenizer.encode(&text, request.add_special_tokens.unwrap_or(true));
                 tokens.map_err(|error| ApiError::field("prompt", error.to_string()))?
             }
@@ -109,7 +115,6 @@ pub async fn tokenize(
 /// Tokens to text
 #[utoipa::path(post, path = "/v1/detokenize", tag = "tokens", request_body = DetokenizeRequest, responses(
     (status = 200, description = "The text", body = DetokenizeResponse),
-    (status = "4XX", description = "The request is at fault", body = ErrorBody),
 ))]
 pub async fn detokenize(
     Extract(state): Extract<Shared>,

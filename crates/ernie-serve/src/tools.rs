@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 
 use crate::api_error::ApiError;
 use crate::grammar::Calls;
+use crate::numbers::whole;
 use crate::structured::no_schema;
 
 /// Most functions of a request, as OpenAI has it.
@@ -16,14 +17,15 @@ const MAX_TOOLS: usize = 128;
 #[serde(default)]
 pub struct Tools {
     /// The functions there are.
+    #[schema(max_items = 128)]
     pub tools: Option<Vec<Tool>>,
-    /// `none`, `auto` (if absent), `required`, or the one function to call. Calls that must come are held to the functions' schemas token by token; those
+    /// `none`, `auto` (if absent), `required`, or the function to call, once. Calls that must come are held to the functions' schemas token by token; those
     /// that may come are read from the model's text.
     pub tool_choice: Option<ToolChoice>,
     /// Whether a turn may have more than one call; true if absent.
     pub parallel_tool_calls: Option<bool>,
     /// Not supported; `tools` is its later form.
-    #[schema(value_type = Option<Vec<Object>>)]
+    #[schema(value_type = Option<Vec<Object>>, max_items = 0)]
     pub functions: Option<Vec<Value>>,
 }
 
@@ -32,9 +34,11 @@ pub struct Tools {
 pub struct Tool {
     /// `function`.
     #[serde(rename = "type")]
+    #[schema(pattern = "^function$")]
     pub kind: String,
     /// The function.
     #[serde(default)]
+    #[schema(required = true, value_type = Function)]
     pub function: Option<Function>,
 }
 
@@ -42,6 +46,7 @@ pub struct Tool {
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct Function {
     /// Letters, digits, `_`, `-` and `.`, at most 64.
+    #[schema(pattern = "^[A-Za-z0-9_.-]{1,64}$")]
     pub name: String,
     /// What it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,16 +64,29 @@ pub struct Function {
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 #[serde(untagged, expecting = "expected none, auto, required, or an object that names a function")]
 pub enum ToolChoice {
-    /// `none`, `auto` or `required`.
-    Mode(String),
+    /// In general.
+    Mode(ChoiceMode),
     /// One function.
     Named {
         /// `function`.
         #[serde(rename = "type")]
+        #[schema(pattern = "^function$")]
         kind: String,
         /// Which.
         function: Name,
     },
+}
+
+/// Whether to call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ChoiceMode {
+    /// No.
+    None,
+    /// As the model sees fit.
+    Auto,
+    /// Yes.
+    Required,
 }
 
 /// A function's name.
@@ -82,7 +100,7 @@ pub struct Name {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
 pub struct ToolCall {
     /// Its number in the turn; in a stream only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "whole")]
     pub index: Option<usize>,
     /// What its result is known by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -142,27 +160,19 @@ impl Tools {
         }
         let several = self.parallel_tool_calls.unwrap_or(true);
         let toolbox = |mode, chosen| Some(Toolbox { functions: functions.clone(), mode, chosen, several });
-        let needs_tools = |what: &str| ApiError::field("tool_choice", format!("`tool_choice`: {what} needs `tools`"));
         match self.tool_choice {
-            Some(ToolChoice::Mode(mode)) => match mode.as_str() {
-                "none" => Ok(None),
-                "auto" | "required" if functions.is_empty() => match mode.as_str() {
-                    "auto" => Ok(None),
-                    _ => Err(needs_tools("required")),
-                },
-                "auto" => Ok(toolbox(Mode::Auto, None)),
-                "required" => Ok(toolbox(Mode::Must, None)),
-                other => {
-                    let message =
-                        format!("`tool_choice`: expected none, auto, required, or an object that names a function, got {other:?}");
-                    Err(ApiError::field("tool_choice", message))
-                }
+            Some(ToolChoice::Mode(ChoiceMode::None)) => Ok(None),
+            Some(ToolChoice::Mode(ChoiceMode::Auto)) => Ok(if functions.is_empty() { None } else { toolbox(Mode::Auto, None) }),
+            Some(ToolChoice::Mode(ChoiceMode::Required)) => match functions.is_empty() {
+                true => Err(ApiError::field("tool_choice", "`tool_choice`: required needs `tools`")),
+                false => Ok(toolbox(Mode::Must, None)),
             },
             Some(ToolChoice::Named { kind, .. }) if kind != "function" => {
                 Err(ApiError::field("tool_choice.type", format!("`tool_choice.type`: expected function, got {kind:?}")))
             }
             Some(ToolChoice::Named { function: Name { name }, .. }) => match functions.iter().any(|function| function.name == name) {
-                true => Ok(toolbox(Mode::Must, Some(name))),
+                // The one call that was asked for, and no second.
+                true => Ok(toolbox(Mode::Must, Some(name)).map(|toolbox| Toolbox { several: false, ..toolbox })),
                 false => {
                     let message = format!("`tool_choice.function.name`: none of the `tools` is called {name:?}");
                     Err(ApiError::field("tool_choice.function.name", message))

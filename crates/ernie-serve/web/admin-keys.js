@@ -77,7 +77,7 @@ function budget(label, used, limit, format) {
 
 /** The form of a new key, or of one that there is. `send` gets the fields; what it throws is shown. */
 function keyForm(key, send) {
-  const name = h("input", { type: "text", required: true, maxlength: "100", value: key?.name ?? "", "data-first": true, autocomplete: "off", disabled: Boolean(key) });
+  const name = h("input", { type: "text", required: true, maxlength: "100", value: key?.name ?? "", "data-first": true, autocomplete: "off" });
   const scopes = SCOPES.map((scope) => h("input", { type: "checkbox", value: scope, checked: (key?.scopes ?? USUAL).includes(scope) }));
   const models = h("input", { type: "text", value: (key?.models ?? []).join(", "), tPlaceholder: "admin.all_models", autocomplete: "off", spellcheck: "false" });
   const expires = h("input", { type: "date", value: key?.expires ? new Date(key.expires * 1000).toISOString().slice(0, 10) : "" });
@@ -87,6 +87,7 @@ function keyForm(key, send) {
   const values = () => {
     const list = models.value.split(",").map((model) => model.trim()).filter(Boolean);
     const fields = {
+      name: name.value.trim(),
       scopes: scopes.filter((box) => box.checked).map((box) => box.value),
       models: list.length > 0 ? list : null,
       expires: expires.value ? Math.floor(Date.parse(`${expires.value}T00:00:00Z`) / 1000) : null,
@@ -101,7 +102,7 @@ function keyForm(key, send) {
     if (key) {
       // Only what was changed here: others may have changed the rest, and a day is not all there is to an expiry.
       for (const field of Object.keys(fields)) if (JSON.stringify(fields[field]) === JSON.stringify(shown[field])) delete fields[field];
-    } else fields.name = name.value.trim();
+    }
     button.disabled = true;
     try {
       await send(fields);

@@ -2,7 +2,7 @@
 import { adminView } from "./admin.js";
 import { json } from "./api.js";
 import { chatView } from "./chat.js";
-import { dialog } from "./dialog.js";
+import { dialog, dismissDialogs } from "./dialog.js";
 import { h, icon, iconButton, replace, speakAll } from "./dom.js";
 import { currentLanguage, locale, onLanguage, setLanguage, t } from "./i18n.js";
 import { liveView } from "./live.js";
@@ -63,6 +63,8 @@ function showTitle() {
 function open(name) {
   if (!(name in views)) name = "chat";
   if (name === current) return;
+  // They belong to the view that they were opened in.
+  dismissDialogs();
   for (const [other, view] of Object.entries(views)) {
     view.element.hidden = other !== name;
     if (other === current) view.hide();

@@ -50,12 +50,17 @@ export function ask(title, label, value, { action = "dialog.save", type = "text"
   });
 }
 
+/** Ends all dialogs, as if they were dismissed. */
+export function dismissDialogs() {
+  for (const element of document.querySelectorAll("dialog[open]")) element.close();
+}
+
 let shown = null;
 
-/** A notice at the edge, read out, gone after some seconds. */
+/** A notice at the edge, read out, gone after some seconds or with a click. */
 export function notice(text, kind = "info") {
   shown?.remove();
-  const element = h("div", { class: `notice ${kind}` }, text);
+  const element = h("div", { class: `notice ${kind}`, on: { click: () => element.remove() } }, text);
   document.getElementById("notices").append(element);
   shown = element;
   setTimeout(() => element.remove(), 5000);

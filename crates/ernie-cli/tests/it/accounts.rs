@@ -65,6 +65,22 @@ fn keys_are_shown_once_listed_and_revoked() {
     keys("sqlite:/proc/nowhere/accounts.db", &["list"]).fails(1, &["cannot open the database", "/proc/nowhere"]);
 }
 
+#[test]
+#[cfg(unix)]
+fn the_audit_log_names_the_user_of_the_system_whatever_the_environment_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = database(folder.path());
+    let arguments = ["keys", "--database", &database, "create", "x"];
+    let output = command().args(arguments).env("USER", "mallory").env("LOGNAME", "mallory").output().unwrap();
+    assert!(output.status.success());
+    let id = std::process::Command::new("id").arg("-un").output().unwrap();
+    // Users that only a directory knows have a name for `id` and a number here.
+    let name = if id.status.success() { String::from_utf8(id.stdout).unwrap() } else { String::new() };
+    let log = with_store(&ServeConfig { database: Some(database), ..ServeConfig::default() }, async |store| store.audit(1, None).await);
+    let actor = log.unwrap()[0].actor.clone();
+    assert!(actor == format!("cli:{}", name.trim()) || actor.starts_with("cli:uid "), "{actor}");
+}
+
 struct Serving {
     child: Child,
     address: String,

@@ -78,7 +78,7 @@ impl FromStr for GroupBy {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut by = GroupBy::default();
         for part in text.split(',') {
-            match part.trim() {
+            match part {
                 "day" => by.day = true,
                 "key" => by.key = true,
                 "model" => by.model = true,
@@ -116,7 +116,8 @@ impl Period {
 /// A row of a report.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct UsageRow {
-    /// UTC, `YYYY-MM-DD`; null if rows are not for days.
+    /// UTC; null if rows are not for days.
+    #[schema(format = Date)]
     pub day: Option<String>,
     /// The key's id; null if rows are not for keys, or without a key.
     pub key_id: Option<String>,
@@ -218,6 +219,32 @@ pub enum Actor {
     Local,
 }
 
+impl Actor {
+    /// Whoever runs this process, as the system knows them: the name of its user in `/etc/passwd`, else the number. What the environment says anybody can set.
+    #[cfg(unix)]
+    pub fn of_process() -> Self {
+        let id = rustix::process::getuid().as_raw();
+        let users = std::fs::read("/etc/passwd").unwrap_or_default();
+        Actor::CommandLine(user(&String::from_utf8_lossy(&users), id).unwrap_or_else(|| format!("uid {id}")))
+    }
+
+    /// Whoever runs this process: the system is not asked.
+    #[cfg(not(unix))]
+    pub fn of_process() -> Self {
+        Actor::CommandLine("unknown".to_owned())
+    }
+}
+
+/// The name of a user by its number: the first and the third field of a line of `/etc/passwd`.
+#[cfg(unix)]
+fn user(users: &str, id: u32) -> Option<String> {
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next().filter(|name| !name.is_empty())?;
+        (fields.nth(1)?.parse() == Ok(id)).then(|| name.to_owned())
+    })
+}
+
 impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -239,6 +266,14 @@ mod tests {
         assert_eq!((prices.money(1, 0), prices.money(0, 1), prices.money(1_000_000, 1_000_000)), (150, 600, 750_000_000));
         assert_eq!(Prices::default().money(u64::MAX, u64::MAX), 0);
         assert_eq!(Prices { per_million_prompt_tokens: 1e6, ..prices }.money(u64::MAX, 5), i64::MAX);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn users_by_their_numbers() {
+        let users = "root:x:0:0:root:/:/bin/sh\n+\n:x:7:7::/:\n# ann:x:5\nann:x:1000:1000:Ann,,,:/ann:/bin/sh\nbob:x:10001:1::/:\nanne:x:1000:0::/:\n";
+        let names = [0, 1000, 10001, 7, 100].map(|id| user(users, id));
+        assert_eq!(names, [Some("root".to_owned()), Some("ann".to_owned()), Some("bob".to_owned()), None, None]);
     }
 
     #[test]

@@ -1,18 +1,21 @@
 //! `/admin/api/keys`: made, listed, changed, revoked.
 use std::collections::HashMap;
 
-use axum::extract::{Path, State as Extract};
+use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{Array, ArrayBuilder, Object, ObjectBuilder, SchemaType, Type};
 
 use crate::accounts::calendar::Day;
 use crate::accounts::keys::{Grant, Key, Limits, Scope};
 use crate::accounts::usage::{Audit, GroupBy, Period};
 use crate::accounts::{Caller, away, create_key, revoke_key};
-use crate::api_error::{ApiError, ErrorBody};
+use crate::api_error::ApiError;
 use crate::body::JsonBody;
+use crate::numbers::{given_whole, whole};
+use crate::parameters::Segment;
 use crate::state::{Shared, State, unix_seconds};
 
 /// A key without its secret.
@@ -64,38 +67,98 @@ pub struct KeyList {
     pub data: Vec<KeyEntry>,
 }
 
-/// What is said about a key: a field that is absent stays as it is, null lifts a limit. For a new key `name` and `scopes` are needed.
+/// A new key. What is absent or null has no limit.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewKey {
+    /// For people: 1 to 100 characters, none of them a control character.
+    #[schema(schema_with = name)]
+    name: String,
+    /// What it may be used for.
+    #[schema(min_items = 1)]
+    scopes: Vec<Scope>,
+    /// Which models; null for all.
+    #[schema(schema_with = models)]
+    models: Option<Vec<String>>,
+    /// Unix seconds from which on it is refused.
+    #[schema(maximum = 253_402_300_799_u64)]
+    #[serde(default, deserialize_with = "whole")]
+    expires: Option<u64>,
+    /// Requests in any minute.
+    #[schema(minimum = 1, maximum = 1_000_000_000_000_u64)]
+    #[serde(default, deserialize_with = "whole")]
+    requests_per_minute: Option<u64>,
+    /// Tokens in any minute.
+    #[schema(minimum = 1, maximum = 1_000_000_000_000_u64)]
+    #[serde(default, deserialize_with = "whole")]
+    tokens_per_minute: Option<u64>,
+    /// Tokens in a month of UTC.
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_u64)]
+    #[serde(default, deserialize_with = "whole")]
+    tokens_per_month: Option<u64>,
+    /// Money in a month of UTC.
+    #[schema(minimum = 0, maximum = 1e9)]
+    money_per_month: Option<f64>,
+}
+
+/// What changes about a key: a field that is absent stays as it is, null lifts a limit.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct KeyFields {
     /// For people: 1 to 100 characters, none of them a control character.
+    #[schema(schema_with = new_name)]
     name: Option<String>,
     /// What it may be used for.
+    #[schema(min_items = 1)]
     scopes: Option<Vec<Scope>>,
     /// Which models; null for all.
     #[serde(deserialize_with = "given")]
-    #[schema(value_type = Option<Vec<String>>)]
+    #[schema(schema_with = models)]
     models: Option<Option<Vec<String>>>,
     /// Unix seconds from which on it is refused.
-    #[serde(deserialize_with = "given")]
-    #[schema(value_type = Option<u64>)]
+    #[serde(deserialize_with = "given_whole")]
+    #[schema(value_type = Option<u64>, maximum = 253_402_300_799_u64)]
     expires: Option<Option<u64>>,
     /// Requests in any minute.
-    #[serde(deserialize_with = "given")]
-    #[schema(value_type = Option<u64>)]
+    #[serde(deserialize_with = "given_whole")]
+    #[schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000_000_000_u64)]
     requests_per_minute: Option<Option<u64>>,
     /// Tokens in any minute.
-    #[serde(deserialize_with = "given")]
-    #[schema(value_type = Option<u64>)]
+    #[serde(deserialize_with = "given_whole")]
+    #[schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000_000_000_u64)]
     tokens_per_minute: Option<Option<u64>>,
     /// Tokens in a month of UTC.
-    #[serde(deserialize_with = "given")]
-    #[schema(value_type = Option<u64>)]
+    #[serde(deserialize_with = "given_whole")]
+    #[schema(value_type = Option<u64>, minimum = 0, maximum = 1_000_000_000_000_u64)]
     tokens_per_month: Option<Option<u64>>,
     /// Money in a month of UTC.
     #[serde(deserialize_with = "given")]
-    #[schema(value_type = Option<f64>)]
+    #[schema(value_type = Option<f64>, minimum = 0, maximum = 1e9)]
     money_per_month: Option<Option<f64>>,
+}
+
+/// Of names: no control characters and nothing that turns the direction of text, and not only blanks.
+const NAME: &str = r"^[^\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]*[^\s\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069][^\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$";
+
+fn described_name(types: impl Into<SchemaType>, description: &str) -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(types).max_length(Some(100)).pattern(Some(NAME)).description(Some(description))
+}
+
+/// How names are described.
+fn name() -> Object {
+    described_name(Type::String, "For people: 1 to 100 characters, none of them a control character.").build()
+}
+
+/// How names are described that may be absent.
+fn new_name() -> Object {
+    let types = SchemaType::from_iter([Type::String, Type::Null]);
+    described_name(types, "For people: 1 to 100 characters, none of them a control character.").build()
+}
+
+/// How lists of models are described.
+fn models() -> Array {
+    let list = ArrayBuilder::new().items(described_name(Type::String, "A name.")).min_items(Some(1)).max_items(Some(100));
+    list.schema_type(SchemaType::from_iter([Type::Array, Type::Null])).description(Some("Which models; null for all.")).build()
 }
 
 /// A field that is there, be it null.
@@ -120,8 +183,20 @@ impl KeyFields {
             expires: self.expires.unwrap_or(grant.expires),
             limits,
         };
-        changed.checked().map_err(|(field, reason)| ApiError::field(field, format!("`{field}`: {reason}")))
+        checked(changed)
     }
+}
+
+impl NewKey {
+    fn grant(self) -> Result<Grant, ApiError> {
+        let NewKey { name, scopes, models, expires, requests_per_minute, tokens_per_minute, tokens_per_month, money_per_month } = self;
+        let limits = Limits { requests_per_minute, tokens_per_minute, tokens_per_month, money_per_month };
+        checked(Grant { name, scopes, models, expires, limits })
+    }
+}
+
+fn checked(grant: Grant) -> Result<Grant, ApiError> {
+    grant.checked().map_err(|(field, reason)| ApiError::field(field, format!("`{field}`: {reason}")))
 }
 
 fn entry(key: Key, month: Month) -> KeyEntry {
@@ -146,10 +221,15 @@ fn no_key() -> ApiError {
     ApiError::request(StatusCode::NOT_FOUND, Some("key_not_found"), "There is no key of that id; see /admin/api/keys.")
 }
 
+/// An id as they are made. Others are nobody's, and may hold what a database does not take.
+fn checked_id(id: String) -> Result<String, ApiError> {
+    let is_id = id.len() == 16 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    if is_id { Ok(id) } else { Err(no_key()) }
+}
+
 /// The keys
 #[utoipa::path(get, path = "/admin/api/keys", tag = "admin", responses(
     (status = 200, description = "The keys, without their secrets", body = KeyList),
-    (status = "4XX", description = "No key, or one without the scope `admin`", body = ErrorBody),
 ))]
 pub async fn list(Extract(state): Extract<Shared>) -> Result<Json<KeyList>, ApiError> {
     let store = &state.accounts.store;
@@ -177,37 +257,30 @@ pub async fn list(Extract(state): Extract<Shared>) -> Result<Json<KeyList>, ApiE
 }
 
 /// Make a key
-#[utoipa::path(post, path = "/admin/api/keys", tag = "admin", request_body = KeyFields, responses(
+#[utoipa::path(post, path = "/admin/api/keys", tag = "admin", request_body = NewKey, responses(
     (status = 201, description = "The key, for once with its secret", body = KeyEntry),
-    (status = "4XX", description = "A field is at fault; no key, or one without the scope `admin`", body = ErrorBody),
 ))]
 pub async fn create(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
     body: JsonBody,
 ) -> Result<(StatusCode, Json<KeyEntry>), ApiError> {
-    let fields: KeyFields = body.parse()?;
-    for (field, missing) in [("name", fields.name.is_none()), ("scopes", fields.scopes.is_none())] {
-        if missing {
-            return Err(ApiError::field(field, format!("`{field}`: a new key needs it")));
-        }
-    }
-    let grant = fields.over(Grant::new(""))?;
+    let grant = body.parse::<NewKey>()?.grant()?;
     let (key, presented) = create_key(&state.accounts.store, grant, caller.actor()).await.map_err(|error| away(&error))?;
     Ok((StatusCode::CREATED, Json(KeyEntry { key: Some(presented), ..entry(key, Month::default()) })))
 }
 
 /// Change a key
-#[utoipa::path(patch, path = "/admin/api/keys/{id}", tag = "admin", request_body = KeyFields, params(("id" = String, Path, description = "Its id")), responses(
+#[utoipa::path(patch, path = "/admin/api/keys/{id}", tag = "admin", request_body = KeyFields, params(("id" = String, Path, description = "Its id", pattern = "^[0-9a-f]{16}$")), responses(
     (status = 200, description = "The key as it is now", body = KeyEntry),
-    (status = "4XX", description = "A field is at fault, there is no such key; no key, or one without the scope `admin`", body = ErrorBody),
 ))]
 pub async fn change(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
     body: JsonBody,
 ) -> Result<Json<KeyEntry>, ApiError> {
+    let id = checked_id(id)?;
     let fields: KeyFields = body.parse()?;
     let store = &state.accounts.store;
     let _alone = state.accounts.changes.lock().await;
@@ -220,15 +293,15 @@ pub async fn change(
 }
 
 /// Revoke a key
-#[utoipa::path(post, path = "/admin/api/keys/{id}/revoke", tag = "admin", params(("id" = String, Path, description = "Its id")), responses(
+#[utoipa::path(post, path = "/admin/api/keys/{id}/revoke", tag = "admin", params(("id" = String, Path, description = "Its id", pattern = "^[0-9a-f]{16}$")), responses(
     (status = 200, description = "The key, which is refused from now on", body = KeyEntry),
-    (status = "4XX", description = "There is no such key; no key, or one without the scope `admin`", body = ErrorBody),
 ))]
 pub async fn revoke(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
 ) -> Result<Json<KeyEntry>, ApiError> {
-    let key = revoke_key(&state.accounts.store, &id, caller.actor()).await.map_err(|error| away(&error))?.ok_or_else(no_key)?;
+    let key =
+        revoke_key(&state.accounts.store, &checked_id(id)?, caller.actor()).await.map_err(|error| away(&error))?.ok_or_else(no_key)?;
     Ok(Json(with_month(&state, key).await?))
 }

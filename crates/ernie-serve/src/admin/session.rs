@@ -6,7 +6,6 @@ use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::keys::Scope;
-use crate::api_error::ErrorBody;
 use crate::state::Shared;
 
 /// Who asks, and in what units the rest is.
@@ -36,7 +35,6 @@ pub struct SessionKey {
 /// Who asks
 #[utoipa::path(get, path = "/admin/api/session", tag = "admin", responses(
     (status = 200, description = "Who asks, and in what units the rest is", body = Session),
-    (status = "4XX", description = "No key, or one without the scope `admin`", body = ErrorBody),
 ))]
 pub async fn session(Extract(state): Extract<Shared>, Extension(caller): Extension<Caller>) -> Json<Session> {
     let key = caller.0.map(|key| SessionKey { id: key.id.clone(), name: key.grant.name.clone(), scopes: key.grant.scopes.clone() });

@@ -92,11 +92,38 @@ test("keys are made, shown once, changed and revoked", async () => {
   await page.getByRole("spinbutton", { name: "Money per month" }).fill("12.5");
   await page.locator("dialog button[type=submit]").click();
   await page.getByText("€0.00 of €12.50").waitFor();
-  assert.deepEqual([made.tokens_per_month, made.money_per_month], [null, 12.5]);
-  await card("Reports").getByRole("button", { name: "Revoke" }).click();
+  assert.deepEqual([made.tokens_per_month, made.money_per_month, made.name], [null, 12.5, "Reports"]);
+  // Another name, and nothing else.
+  await card("Reports").getByRole("button", { name: "Edit" }).click();
+  const renaming = page.waitForRequest((request) => request.method() === "PATCH");
+  await page.getByLabel("Name").fill("Monthly figures");
+  await page.locator("dialog button[type=submit]").click();
+  assert.deepEqual((await renaming).postDataJSON(), { name: "Monthly figures" });
+  await card("Monthly figures").waitFor();
+  assert.equal(await card("Reports").count(), 0);
+  await card("Monthly figures").getByRole("button", { name: "Revoke" }).click();
   await page.locator("dialog .danger").click();
-  await card("Reports").getByText("revoked").waitFor();
-  assert.equal(await card("Reports").getByRole("button").count(), 0);
+  await card("Monthly figures").getByText("revoked").waitFor();
+  assert.equal(await card("Monthly figures").getByRole("button").count(), 0);
+});
+
+test("a dialog ends with its view, a notice by itself", async () => {
+  const page = await open(`${server.url}/#admin`);
+  await signIn(page);
+  await page.locator(".key").first().waitFor();
+  for (const button of ["New key", "Edit", "Revoke"]) {
+    await page.getByRole("button", { name: button }).first().click();
+    await page.locator("dialog[open]").waitFor();
+    await page.evaluate(() => (location.hash = "live"));
+    await page.waitForFunction(() => document.querySelector("dialog") === null);
+    await page.waitForSelector(".tile");
+    await page.goBack();
+    await page.locator(".key").first().waitFor();
+  }
+  await page.click("#tab-settings");
+  await page.getByRole("button", { name: "Apply" }).click();
+  await page.locator(".notice").waitFor();
+  await page.locator(".notice").waitFor({ state: "detached", timeout: 8000 });
 });
 
 test("usage, the audit log and settings", async () => {
@@ -119,7 +146,10 @@ test("usage, the audit log and settings", async () => {
   await page.getByLabel("Dynamic batching").uncheck();
   await page.getByLabel("Largest batch").fill("4");
   await page.getByRole("button", { name: "Apply" }).click();
-  await page.getByText("The settings are in force").waitFor();
+  const notice = page.locator(".notice");
+  await notice.getByText("The settings are in force").waitFor();
+  await notice.click();
+  assert.equal(await notice.count(), 0);
   assert.deepEqual(server.state.settings, { dynamic_batching: false, max_batch_size: 4 });
   await page.getByLabel("Largest batch").fill("4000");
   await page.getByRole("button", { name: "Apply" }).click();

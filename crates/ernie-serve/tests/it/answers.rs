@@ -54,7 +54,7 @@ fn completions_are_those_of_generate_streamed_and_not() {
     let events = server.post("/v1/completions", &body).events();
     let (last, pieces) = events.split_last().unwrap();
     assert_eq!((&last["usage"], last["choices"].as_array().map(Vec::len)), (&usage, Some(0)));
-    assert!(pieces.len() > 20 && pieces.iter().all(|event| event.get("usage").is_none()));
+    assert!(pieces.len() > 20 && pieces.iter().all(|event| event.get("usage") == Some(&Value::Null)), "null until the last");
     let (text, reasons, logprobs) = joined(pieces, 0);
     assert_eq!((text, reasons, json!(logprobs)), (expected.text, vec![json!("length")], choice["logprobs"]["token_logprobs"].clone()));
 }
@@ -166,6 +166,21 @@ fn echo_scores_a_prompt_as_the_model_does() {
 }
 
 #[test]
+fn offsets_of_tokens_are_those_of_the_text_though_characters_come_in_pieces() {
+    let server = Running::start();
+    // Characters that the tokenizer has only as bytes.
+    let text = "a😀b🦀c";
+    let body = json!({"prompt": PROMPT, "max_tokens": 40, "guided_choice": [text], "logprobs": 0});
+    let choice = &server.post("/v1/completions", &body).json()["choices"][0];
+    assert_eq!(choice["text"], text);
+    let (tokens, offsets) = (choice["logprobs"]["tokens"].as_array().unwrap(), choice["logprobs"]["text_offset"].as_array().unwrap());
+    let at = |token: &str| offsets[tokens.iter().position(|one| one.as_str().unwrap().ends_with(token)).unwrap()].as_u64().unwrap();
+    assert!(tokens.iter().filter(|token| token.as_str().unwrap().contains('\u{fffd}')).count() >= 4, "{tokens:?}");
+    assert_eq!([at("a"), at("b"), at("c")], [0, 2, 4], "{tokens:?} {offsets:?}");
+    assert!(offsets.windows(2).all(|two| two[0].as_u64() <= two[1].as_u64()));
+}
+
+#[test]
 fn chats_are_answered_streamed_and_not() {
     let server = Running::start();
     let tokenizer = nano::tokenizer();
@@ -197,6 +212,12 @@ fn chats_are_answered_streamed_and_not() {
 
     body["stream"] = json!(true);
     let events = server.post("/v1/chat/completions", &body).events();
+    assert!(events.iter().all(|event| event.get("usage").is_none()), "not asked for");
+    body["stream_options"] = json!({"include_usage": true});
+    let counted = server.post("/v1/chat/completions", &body).events();
+    let (last, pieces) = counted.split_last().unwrap();
+    assert_eq!((&last["usage"], last["choices"].as_array().map(Vec::len)), (&whole["usage"], Some(0)));
+    assert!(pieces.len() == events.len() && pieces.iter().all(|event| event.get("usage") == Some(&Value::Null)));
     assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
     assert!(events.iter().all(|event| event["object"] == "chat.completion.chunk"));
     let (text, reasons, logprobs) = joined(&events, 0);

@@ -55,6 +55,28 @@ fn fields_out_of_range_are_named() {
         ("messages[0].role", json!({"messages": [{"content": "Hi"}]})),
         ("messages[0].content", json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]})),
         ("messages", json!({"messages": [{"role": "user", "content": "word ".repeat(600)}]})),
+        ("messages[0].content", json!({"messages": [{"role": "user"}]})),
+        ("messages[1].content", json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": null}]})),
+        ("messages[1].content", json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": []}]})),
+        // A list in place of an object: its items are not taken for fields.
+        ("messages[0]", json!({"messages": [["user", "hi"]]})),
+        ("messages[0].content[0]", json!({"messages": [{"role": "user", "content": [["text", "hi"]]}]})),
+        (
+            "messages[1].tool_calls[0]",
+            json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [[0, "a", "function"]]}]}),
+        ),
+        (
+            "messages[1].tool_calls[0].function",
+            json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [{"function": ["f", "{}"]}]}]}),
+        ),
+        ("stream_options", json!({"stream": true, "stream_options": [true]})),
+        ("tools[0]", json!({"tools": [["function"]]})),
+        ("tools[0].function", json!({"tools": [{"type": "function", "function": ["f"]}]})),
+        ("tool_choice", json!({"tool_choice": ["function", {"name": "f"}]})),
+        ("tool_choice.function", json!({"tool_choice": {"type": "function", "function": ["f"]}})),
+        ("response_format", json!({"response_format": ["json_object"]})),
+        ("response_format.json_schema", json!({"response_format": {"type": "json_schema", "json_schema": ["x"]}})),
+        ("structured_outputs", json!({"structured_outputs": [{"type": "object"}]})),
         ("tools[0].function", json!({"tools": [{"type": "function"}]})),
         ("functions", json!({"functions": [{"name": "f"}]})),
         ("top_logprobs", json!({"top_logprobs": 2})),
@@ -68,11 +90,18 @@ fn fields_out_of_range_are_named() {
     }
     server.post("/v1/detokenize", &json!({"tokens": [1, 99_999]})).error(400);
     server.post("/v1/tokenize", &json!({})).error(400);
+    assert_eq!(server.post("/v1/tokenize", &json!({"messages": [["user", "hi"]]})).error(400).0.as_deref(), Some("messages[0]"));
+    assert_eq!(server.post("/v1/tokenize", &json!({"prompt": "x", "whatever": 1})).status, 200);
+    let tools = json!({"prompt": "x", "tools": [{"type": "other", "function": {"name": "f"}}]});
+    assert_eq!(server.post("/v1/tokenize", &tools).error(400).0.as_deref(), Some("tools[0].type"));
     server.post("/v1/embeddings", &json!({"input": "x", "dimensions": 3})).error(400);
     // What changes no answer is passed over, and null is as good as absent, even of what nobody knows.
     let body =
         json!({"prompt": "Once", "max_tokens": 2, "user": "me", "store": true, "stop": null, "top_p": null, "n": null, "whatever": null});
     assert_eq!(server.post("/v1/completions", &body).status, 200);
+    // A whole number is one, however it is written.
+    let body = json!({"prompt": "Once", "max_tokens": 2.0, "n": 1.0, "seed": 3.0, "top_k": -1.0, "logprobs": 0.0, "stop_token_ids": [5.0]});
+    assert_eq!(server.post("/v1/completions", &body).json()["usage"]["completion_tokens"], 2);
     // A slip, and what only other servers do, is said; so is what is missing.
     for (path, body, param) in [
         ("/v1/completions", json!({"prompt": "Once", "max_token": 5}), "max_token"),
@@ -117,6 +146,11 @@ fn bodies_of_every_wrong_kind() {
     let (param, _) = server.post("/v1/completions", &json!({"model": "gpt", "prompt": "x"})).error(404);
     assert_eq!(param.as_deref(), Some("model"));
     server.get("/v1/models/gpt").error(404);
+    assert_eq!(server.get("/v1/models/%ff").error(400).0.as_deref(), Some("model"));
+    assert_eq!(server.get("/assets/%ff").error(400).0.as_deref(), Some("file"));
+    let id = "/admin/api/keys/%ff";
+    assert_eq!(server.ask("PATCH", id, Some(&json!({}))).error(400).0.as_deref(), Some("id"));
+    assert_eq!(server.post(&format!("{id}/revoke"), &json!({})).error(400).0.as_deref(), Some("id"));
     assert_eq!(server.get("/v1/models/nano").json(), server.get("/v1/models").json()["data"][0]);
     let usual = server.post_bytes("/v1/tokenize", "Application/JSON; charset=utf-8", b"{\"prompt\": \"x\"}");
     assert_eq!(usual.status, 200, "{}", usual.text);
@@ -146,6 +180,59 @@ fn the_description_is_what_is_served() {
             assert_eq!(reply.status, expected, "{method} {path}: {}", reply.text);
         }
     }
+    // Who may use a route, and what it may refuse.
+    let statuses = |path: &str, method: &str| {
+        let operation = &document["paths"][path][method];
+        let statuses: Vec<&str> = operation["responses"].as_object().unwrap().keys().map(String::as_str).collect();
+        (statuses.join(" "), operation.get("security").is_some())
+    };
+    for (path, method, expected) in [
+        ("/health/live", "get", "200 403"),
+        ("/health/ready", "get", "200 403 503"),
+        ("/metrics", "get", "200 401 403 429 503"),
+        ("/v1/models/{model}", "get", "200 400 401 403 404 429 503"),
+        ("/v1/chat/completions", "post", "200 400 401 402 403 404 408 413 415 429 500 503"),
+        ("/admin/api/keys", "post", "201 400 401 403 408 413 415 429 503"),
+        ("/admin/api/keys/{id}/revoke", "post", "200 400 401 403 404 429 503"),
+        ("/admin/api/audit", "get", "200 400 401 403 429 503"),
+    ] {
+        assert_eq!(statuses(path, method), (expected.to_owned(), !path.starts_with("/health")), "{method} {path}");
+    }
+    for (name, response) in document["components"]["responses"].as_object().unwrap() {
+        assert_eq!(response["headers"]["retry-after"].is_object(), ["TooManyRequests", "ServiceUnavailable"].contains(&name.as_str()));
+        assert_eq!(response["headers"]["www-authenticate"].is_object(), name == "Unauthorized");
+    }
+    assert_eq!(document["components"]["securitySchemes"]["key"]["scheme"], "bearer");
+    // Without keys none is needed.
+    assert_eq!(document["paths"]["/v1/models"]["get"]["security"], json!([{}, {"key": []}]));
+    // Kinds of contents are those that are sent.
+    let kinds = |path: &str, method: &str| {
+        let content = document["paths"][path][method]["responses"]["200"]["content"].as_object().unwrap();
+        content.keys().cloned().collect::<Vec<_>>()
+    };
+    for path in ["/metrics", "/health/live", "/v1/models"] {
+        assert_eq!(
+            [server.get(path).headers["content-type"].to_str().unwrap().replace("; charset=utf-8", "")],
+            *kinds(path, "get").iter().map(|kind| kind.replace("; charset=utf-8", "")).collect::<Vec<_>>()
+        );
+    }
+    assert_eq!(kinds("/v1/live", "get"), ["text/event-stream"]);
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        assert_eq!(kinds(path, "post"), ["application/json", "text/event-stream"]);
+    }
+    // Other methods.
+    for (method, path, allowed) in [
+        ("DELETE", "/v1/models", "GET,HEAD"),
+        ("GET", "/v1/completions", "POST"),
+        ("PUT", "/admin/api/settings", "GET,HEAD,PATCH"),
+        ("PATCH", "/admin/api/keys", "GET,HEAD,POST"),
+    ] {
+        let reply = server.ask(method, path, None);
+        reply.error(405);
+        let mut methods: Vec<&str> = reply.headers["allow"].to_str().unwrap().split(',').collect();
+        methods.sort_unstable();
+        assert_eq!(methods.join(","), allowed, "{method} {path}");
+    }
     // Every field that is read is described, and the other way round.
     let schemas = &document["components"]["schemas"];
     let fields = |name: &str| {
@@ -160,6 +247,13 @@ fn the_description_is_what_is_served() {
         }
         found
     };
+    let of_chats = &schemas["ChatRequest"];
+    assert_eq!((&of_chats["properties"]["n"]["minimum"], &of_chats["properties"]["n"]["maximum"]), (&json!(1), &json!(128)));
+    assert_eq!((&of_chats["properties"]["top_p"]["exclusiveMinimum"], &of_chats["properties"]["top_p"]["maximum"]), (&json!(0), &json!(1)));
+    let ids = json!({"type": "integer", "format": "uint32", "minimum": 0, "maximum": u32::MAX});
+    assert_eq!(of_chats["properties"]["stop_token_ids"]["items"], ids);
+    assert_eq!((&of_chats["additionalProperties"], &of_chats["required"]), (&json!({"type": "null"}), &json!(["messages"])));
+    assert_eq!((&schemas["NewKey"]["required"], &schemas["KeyFields"]["required"]), (&json!(["name", "scopes"]), &Value::Null));
     for (name, some) in [("CompletionRequest", ["prompt", "echo", "logit_bias"]), ("ChatRequest", ["messages", "top_logprobs", "min_p"])] {
         let fields = fields(name);
         assert!(some.iter().all(|field| fields.iter().any(|f| f == field)), "{name}: {fields:?}");
