@@ -34,7 +34,7 @@ pub struct ServeArguments {
     /// A file with options
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print the options that all sources give together, as such a file, and end
+    /// Print the options that all sources give together, as such a file, and end; the password in a database's URL is printed as ***
     #[arg(long)]
     print_config: bool,
     #[command(flatten)]

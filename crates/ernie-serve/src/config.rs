@@ -6,7 +6,7 @@ use ernie_engine::{DraftOptions, EngineOptions, KvDtype, LoadOptions, WeightDtyp
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::accounts::database::Database;
+use crate::accounts::database::{Database, without_passwords};
 use crate::error::{Error, Result};
 
 /// What the names of environment variables begin with; the key of the configuration in capitals follows.
@@ -192,7 +192,8 @@ impl ServeConfig {
         if let Some(path) = file {
             let refuse = |reason: String| Error::Config { origin: path.display().to_string(), reason };
             let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
-            table = text.parse::<Table>().map_err(|error| refuse(error.to_string()))?;
+            // The message shows the line.
+            table = text.parse::<Table>().map_err(|error| refuse(without_passwords(&error.to_string())))?;
             checked(&table).map_err(refuse)?;
         }
         let defaults =
@@ -297,17 +298,21 @@ impl ServeConfig {
         LoadOptions { dtype, threads, kv_dtype }
     }
 
-    /// As a TOML file that gives the same configuration.
+    /// As a TOML file that gives the same configuration, but for the password of the database: `***` stands in its place.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).unwrap_or_else(|error| unreachable!("plain values are TOML: {error}"))
+        let shown = ServeConfig { database: self.database.as_deref().map(without_passwords), ..self.clone() };
+        toml::to_string(&shown).unwrap_or_else(|error| unreachable!("plain values are TOML: {error}"))
     }
 }
 
 /// The configuration of a table, with the key named if it is at fault.
 fn checked(table: &Table) -> std::result::Result<ServeConfig, String> {
-    serde_path_to_error::deserialize(table.clone()).map_err(|error| match error.path().to_string().as_str() {
-        "." => error.inner().message().to_owned(),
-        path => format!("{path}: {}", error.inner().message()),
+    serde_path_to_error::deserialize(table.clone()).map_err(|error| {
+        let message = without_passwords(error.inner().message());
+        match error.path().to_string().as_str() {
+            "." => message,
+            path => format!("{path}: {message}"),
+        }
     })
 }
 

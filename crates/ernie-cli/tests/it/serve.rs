@@ -98,3 +98,22 @@ fn the_outcome_of_all_sources_is_printed() {
         assert!(printed.lines().any(|printed| printed == line), "no {line} in {printed}");
     }
 }
+
+/// A password of the database is told to nobody.
+#[test]
+fn passwords_are_not_printed() {
+    let url = "postgres://me:hidden@127.0.0.1:1/accounts?password=hidden&sslmode=disable";
+    let shown = "postgres://me:***@127.0.0.1:1/accounts?password=***&sslmode=disable";
+    let printed = ernie(["serve", "--print-config", "--database", url]).ok();
+    assert!(printed.contains(shown) && !printed.contains("hidden"), "{printed}");
+    let failed = ernie(["serve", "--database", url]).fails(1, &["127.0.0.1:1/accounts"]);
+    assert!(!failed.stderr.contains("hidden"), "{}", failed.stderr);
+    // Where a file is wrong, what stands there is shown, but not this.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("serve.toml");
+    for line in ["database = \"postgres://me:hidden@db/accounts", "port = \"postgres://me:hidden@db/accounts\""] {
+        std::fs::write(&file, line).unwrap();
+        let failed = ernie(["serve".as_ref(), "--config".as_ref(), file.as_os_str()]).fails(2, &["serve.toml"]);
+        assert!(!failed.stderr.contains("hidden"), "{}", failed.stderr);
+    }
+}
