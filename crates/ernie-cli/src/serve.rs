@@ -128,6 +128,14 @@ struct Options {
     #[arg(long, value_name = "FORM")]
     #[serde(skip_serializing_if = "Option::is_none")]
     log_format: Option<String>,
+    /// Log the prompt and the text of each answer too, which else are never logged
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log_prompts: Option<bool>,
+    /// OpenTelemetry collector that takes traces over HTTP, http://HOST:4318; needs a program built with the feature otel
+    #[arg(long, value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    otlp_endpoint: Option<String>,
 }
 
 /// Runs the command.

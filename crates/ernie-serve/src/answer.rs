@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 
 use crate::accounts::charge::Charge;
 use crate::api_error::ApiError;
+use crate::exchange::Notes;
 use crate::grammar::GrammarConstraint;
 use crate::metrics::StreamGuard;
 use crate::state::State;
@@ -65,6 +66,7 @@ pub struct Answers {
     count: usize,
     prompt_tokens: usize,
     charge: Charge,
+    notes: Notes,
 }
 
 /// What each answer of a request has in common.
@@ -81,8 +83,8 @@ pub struct Wanted {
 }
 
 impl Answers {
-    /// Sends everything to the engine: `n` answers to each prompt, one after the other. `charge` pays, for each prompt once.
-    pub fn start(state: &State, places: &mut Places, prompts: Vec<Vec<u32>>, wanted: &Wanted, charge: Charge) -> Self {
+    /// Sends everything to the engine: `n` answers to each prompt, one after the other. `charge` pays, for each prompt once; `notes` are told what comes.
+    pub fn start(state: &State, places: &mut Places, prompts: Vec<Vec<u32>>, wanted: &Wanted, (charge, notes): (Charge, Notes)) -> Self {
         let count = prompts.len() * wanted.n;
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let (sender, events) = mpsc::channel(state.config.stream_buffer.saturating_mul(count.max(1)));
@@ -98,7 +100,7 @@ impl Answers {
                 places.send(Job { task, index: index * wanted.n + number, events: sender.clone(), charge });
             }
         }
-        Answers { events, count, prompt_tokens, charge }
+        Answers { events, count, prompt_tokens, charge, notes }
     }
 
     /// All of them, in order.
@@ -113,12 +115,14 @@ impl Answers {
             let answer = &mut answers[index];
             match event {
                 Event::Token(token) => {
+                    self.notes.token(index, &token);
                     answer.text.push_str(&token.text);
                     if token.id.is_some() {
                         answer.tokens.push(token);
                     }
                 }
                 Event::Finished { text, reason, tokens } => {
+                    self.notes.text(index, &text);
                     answer.text.push_str(&text);
                     (answer.reason, answer.count) = (Some(reason), tokens);
                     left -= 1;
@@ -166,6 +170,8 @@ pub trait Shape: Send + 'static {
     fn token(&mut self, index: usize, token: &Token) -> Option<Bytes>;
     /// The end of an answer, with the text that was still held back.
     fn end(&mut self, index: usize, text: &str, reason: FinishReason) -> Bytes;
+    /// What [`Shape::end`] called the reason of an answer's end.
+    fn reason(&self, index: usize, reason: FinishReason) -> &'static str;
     /// After all of them; `None` if it was not asked for.
     fn usage(&mut self, usage: Usage) -> Option<Bytes>;
 }
@@ -218,10 +224,15 @@ impl<S: Shape> Streaming<S> {
 
     fn take(&mut self, index: usize, event: Event) {
         match event {
-            Event::Token(token) => self.frames.extend(self.shape.token(index, &token)),
+            Event::Token(token) => {
+                self.answers.notes.token(index, &token);
+                self.frames.extend(self.shape.token(index, &token));
+            }
             Event::Finished { text, reason, tokens } => {
                 self.completion_tokens += tokens;
+                self.answers.notes.text(index, &text);
                 self.frames.push_back(self.shape.end(index, &text, reason));
+                self.answers.notes.finished(self.shape.reason(index, reason));
                 self.left -= 1;
             }
             Event::Failed(error) => self.fail(&ApiError::engine(&error, "prompt")),
@@ -230,6 +241,7 @@ impl<S: Shape> Streaming<S> {
     }
 
     fn fail(&mut self, error: &ApiError) {
+        self.answers.notes.failed();
         self.frames.push_back(frame(&error.body()));
         self.finish();
     }

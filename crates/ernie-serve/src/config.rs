@@ -80,6 +80,10 @@ pub struct ServeConfig {
     pub log_level: LogLevel,
     /// How messages are written.
     pub log_format: LogFormat,
+    /// Whether the log's line about an answer has the prompt and the text too; else neither is ever in it.
+    pub log_prompts: bool,
+    /// The OpenTelemetry collector that takes traces, `http://HOST:PORT`; needs the feature `otel`.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// Form of the weights in memory.
@@ -178,6 +182,8 @@ impl Default for ServeConfig {
             modelled_watts: 65.0,
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
+            log_prompts: false,
+            otlp_endpoint: None,
         }
     }
 }
@@ -242,6 +248,9 @@ impl ServeConfig {
         if let Some(name) = &self.database {
             Database::named(Some(name)).map_err(|error| refuse(error.to_string()))?;
         }
+        if let Some(endpoint) = &self.otlp_endpoint {
+            check_collector(endpoint).map_err(|reason| refuse(format!("otlp_endpoint: {reason}")))?;
+        }
         if !(1..=16).contains(&self.currency.chars().count()) || self.currency.chars().any(char::is_control) {
             return Err(refuse(format!("currency: expected a name of 1 to 16 characters, got {:?}", self.currency)));
         }
@@ -305,6 +314,21 @@ impl ServeConfig {
     }
 }
 
+/// Whether traces can go there, and from this program at all.
+fn check_collector(endpoint: &str) -> std::result::Result<(), String> {
+    if !cfg!(feature = "otel") {
+        let how = "cargo build --release -p ernie-cli --features otel";
+        return Err(format!("this program was built without OpenTelemetry; build it with: {how}"));
+    }
+    if endpoint.contains('@') {
+        return Err("expected a URL without credentials; headers for the collector go into OTEL_EXPORTER_OTLP_HEADERS".to_owned());
+    }
+    let url = endpoint.parse::<axum::http::Uri>().ok();
+    let plain =
+        url.is_some_and(|url| url.scheme_str() == Some("http") && url.host().is_some_and(|host| !host.is_empty()) && url.query().is_none());
+    if plain { Ok(()) } else { Err("expected http://HOST:PORT, a collector on this machine or in a network of your own".to_owned()) }
+}
+
 /// The configuration of a table, with the key named if it is at fault.
 fn checked(table: &Table) -> std::result::Result<ServeConfig, String> {
     serde_path_to_error::deserialize(table.clone()).map_err(|error| {
@@ -351,6 +375,25 @@ mod tests {
         assert_eq!(config, expected);
         std::fs::write(&path, config.to_toml()).unwrap();
         assert_eq!(load(Some(&path), &[], "").unwrap(), config);
+    }
+
+    #[test]
+    fn a_collector_needs_the_feature_and_a_plain_url() {
+        let load = |url: &str| load(None, &[("ERNIE_SERVE_OTLP_ENDPOINT", url)], "");
+        if cfg!(feature = "otel") {
+            for url in ["http://localhost:4318", "http://[::1]:4318/", "http://collector/some/v1/traces"] {
+                assert_eq!(load(url).unwrap().otlp_endpoint.as_deref(), Some(url));
+            }
+            for url in ["https://collector:4318", "localhost:4318", "http://", "http:///v1/traces", "grpc://collector:4317", ""] {
+                let error = load(url).unwrap_err().to_string();
+                assert!(error.contains("otlp_endpoint") && error.contains("http://HOST:PORT"), "{url}: {error}");
+            }
+            let error = load("http://me:hidden@collector:4318").unwrap_err().to_string();
+            assert!(error.contains("without credentials") && !error.contains("hidden"), "{error}");
+        } else {
+            let error = load("http://localhost:4318").unwrap_err().to_string();
+            assert!(error.contains("otlp_endpoint") && error.contains("--features otel"), "{error}");
+        }
     }
 
     #[test]

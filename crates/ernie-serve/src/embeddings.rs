@@ -17,6 +17,7 @@ use crate::accounts::Caller;
 use crate::answer::Usage;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
+use crate::exchange::Notes;
 use crate::fields::{self, Known};
 use crate::prompt::Prompt;
 use crate::state::{Shared, State};
@@ -116,6 +117,7 @@ async fn wait_for_places(state: &State, count: usize) -> Result<Places, ApiError
 pub async fn embeddings(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
+    Extension(notes): Extension<Notes>,
     body: JsonBody,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
     static KNOWN: LazyLock<Known> = LazyLock::new(|| Known::of("EmbeddingRequest"));
@@ -136,6 +138,7 @@ pub async fn embeddings(
     let part = (state.config.max_queue / 4).max(1);
     let mut places = Some(state.reserve(count.min(part))?);
     let charge = state.accounts.admit(&caller, &state.name, tokens, 0).await?;
+    notes.begin("embeddings", &state.name, tokens, || texts.iter().map(|ids| state.tokenizer.decode(ids, false)).collect());
     let mut vectors = vec![None; count];
     let mut texts = texts.into_iter().enumerate().peekable();
     while texts.peek().is_some() {

@@ -17,11 +17,14 @@ mod config;
 mod connection;
 mod embeddings;
 mod error;
+mod exchange;
 mod fields;
 mod grammar;
 mod live;
 pub mod log;
 mod metrics;
+#[cfg(feature = "otel")]
+mod otel;
 mod page;
 mod prompt;
 mod recent;

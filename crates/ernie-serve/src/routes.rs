@@ -1,7 +1,5 @@
 //! Which path does what; and what goes around every request: its id, its line in the log, its count.
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use axum::extract::{MatchedPath, Path, Request, State as Extract};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
@@ -18,6 +16,7 @@ use crate::api_error::{ApiError, ErrorBody};
 use crate::chat::chat_completions;
 use crate::completions::completions;
 use crate::embeddings::embeddings;
+use crate::exchange::{Asked, Exchange};
 use crate::request_id::{self, RequestId};
 use crate::settings::{change_settings, settings};
 use crate::state::{Shared, State};
@@ -176,59 +175,40 @@ async fn not_allowed(method: Method, uri: Uri) -> ApiError {
 
 /// Names the request, refuses what a page of another site may have sent, notes the answer.
 async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -> Response {
-    let began = Instant::now();
     let id = RequestId::of(request.headers(), &state);
-    let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
-    // Until the answer's head is there, its reader may leave.
-    let mut asked = Asked { state: Arc::clone(&state), id: id.clone(), method, route, began, status: LEFT };
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let asked = Asked { id: id.clone(), method: request.method().clone(), route };
+    let mut exchange = Exchange::new(
+        &state,
+        asked,
+        #[cfg(feature = "otel")]
+        &request,
+    );
+    let notes = exchange.notes();
+    let (mut head, body) = request.into_parts();
+    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let of_this_machine = host.is_none_or(is_this_machine);
     let open = state.accounts.is_open().await;
-    let mut response = if !open || of_this_machine {
-        let (mut head, body) = request.into_parts();
-        match access::authorise(&state, open, &head).await {
+    let mut response = if open && !of_this_machine {
+        let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
+        ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
+    } else {
+        match access::authorise(&state, open, &head, &notes).await {
             Ok(caller) => {
                 head.extensions.insert(id.clone());
                 head.extensions.insert(caller);
+                head.extensions.insert(notes);
                 next.run(Request::from_parts(head, body)).await
             }
             Err(error) => error.into_response(),
         }
-    } else {
-        let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
-        ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
     };
-    asked.status = response.status().as_u16();
-    drop(asked);
+    exchange.answered(response.status().as_u16());
     if let Ok(id) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(request_id::HEADER, id);
     }
-    response
-}
-
-/// What is noted of a request whose reader left before it was answered; nginx's number for that.
-const LEFT: u16 = 499;
-
-/// A request that is noted, answered or not, when this is dropped.
-struct Asked {
-    state: Shared,
-    id: RequestId,
-    method: Method,
-    route: String,
-    began: Instant,
-    status: u16,
-}
-
-impl Drop for Asked {
-    fn drop(&mut self) {
-        let Asked { state, id, method, route, began, status } = self;
-        state.metrics.answered(route, *status);
-        let seconds = began.elapsed().as_secs_f64();
-        // Until the head of the answer: a stream goes on.
-        let what = if *status == LEFT { "left unanswered" } else { "answered" };
-        tracing::info!(request_id = %id.0, %method, %route, status, seconds, "{what}");
-    }
+    // Its body may go on for long.
+    response.map(|body| exchange.over(body))
 }
 
 /// Whether a `Host` header means this machine. A page whose name was made to lead here (DNS rebinding) sends its own name.

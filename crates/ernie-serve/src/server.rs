@@ -59,6 +59,8 @@ impl Server {
         };
         let asked = SocketAddr::new(config.host, config.port);
         let listen = |error| Error::Listen { address: asked, error };
+        #[cfg(feature = "otel")]
+        let traces = crate::otel::Traces::start(&config)?;
         let accounts = Accounts::open(&config).await?;
         if !config.host.is_loopback() && !accounts.has_seen_keys() {
             return Err(Error::NotLoopback { host: config.host });
@@ -87,7 +89,10 @@ impl Server {
             worker,
             accounts,
             metrics,
+            #[cfg(feature = "otel")]
+            traces,
             draining: AtomicBool::new(false),
+            cutting_off: AtomicBool::new(false),
             started: unix_seconds(),
             random: Default::default(),
         });
@@ -149,11 +154,14 @@ impl Server {
         let last = deadline.max(Instant::now() + Duration::from_secs(1));
         if timeout_at(last, async { while connections.join_next().await.is_some() {} }).await.is_err() {
             tracing::warn!(connections = connections.len(), "connections cut off");
+            state.cutting_off.store(true, Ordering::SeqCst);
             connections.abort_all();
             while connections.join_next().await.is_some() {}
         }
         // All requests are over, and so all accounts with the writer.
         state.accounts.flush(FLUSH).await;
+        #[cfg(feature = "otel")]
+        drop(tokio::task::spawn_blocking(move || state.traces.iter().for_each(crate::otel::Traces::flush)).await);
         tracing::info!("stopped");
         Ok(())
     }

@@ -59,8 +59,13 @@ pub struct State {
     pub streams: Arc<Semaphore>,
     /// Those who may look on at `/v1/live`.
     pub watchers: Arc<Semaphore>,
+    /// The way to the collector of traces, if there is one.
+    #[cfg(feature = "otel")]
+    pub traces: Option<crate::otel::Traces>,
     /// Set when the shutdown begins.
     pub draining: AtomicBool,
+    /// Set when it waits no longer for those who read.
+    pub cutting_off: AtomicBool,
     /// When the server started, Unix seconds.
     pub started: u64,
     /// Where random numbers come from: its keys are the system's.
@@ -126,6 +131,11 @@ impl State {
             return Err(ApiError::field("ignore_eos", message));
         }
         Ok(constraint)
+    }
+
+    /// Whether connections are ended with what they were about.
+    pub fn is_cutting_off(&self) -> bool {
+        self.cutting_off.load(Ordering::SeqCst)
     }
 
     /// 64 bits that nobody can foresee.

@@ -6,6 +6,8 @@ mod databases;
 mod life;
 mod live;
 mod nano;
+#[cfg(feature = "otel")]
+mod otel;
 mod page;
 mod refusals;
 mod schemas;
