@@ -18,8 +18,8 @@ use crate::outcome::{self, Outcome};
         /v1/models, /v1/tokenize, /v1/detokenize; /health/live, /health/ready, /metrics for Prometheus, and /openapi.json, which describes \
         them all.\n\n\
         Without keys only this machine itself is served; `ernie keys create NAME` makes the first, and from then on each request needs one, of which the server \
-        learns at once. Keys, what they used and who changed them are in a database: a file of this user, or PostgreSQL (--database). Ctrl-C or SIGTERM finishes the answers under way and takes no new \
-        requests; a second one stops at once.\n\n\
+        learns at once. Keys, what they used and who changed them are in a database: a file of this user, or PostgreSQL (--database). Ctrl-C, SIGTERM or SIGHUP finishes the answers under way and takes no new \
+        requests; a second Ctrl-C or SIGTERM stops at once.\n\n\
         Every option may also stand in a TOML file (--config), under its name with _ for -, and in the environment, as ERNIE_SERVE_ and that \
         name in capitals. Flags win over the environment, the environment over the file. Limits of time and size stand in those two only; --print-config \
         shows them all, with their defaults.",

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use crate::api_error::ApiError;
 use crate::state::Shared;
+use crate::worker::Refused;
 
 /// A whole body that says it is JSON. Types are read from it by [`JsonBody::parse`], as many as there are.
 #[derive(Debug)]
@@ -47,7 +48,12 @@ impl FromRequest<Shared> for JsonBody {
         if body.size_hint().lower() > limit as u64 {
             return Err(too_large());
         }
-        match tokio::time::timeout(Duration::from_secs(state.config.body_timeout_s), to_bytes(body, limit)).await {
+        let read = tokio::time::timeout(Duration::from_secs(state.config.body_timeout_s), to_bytes(body, limit));
+        let read = tokio::select! {
+            read = read => read,
+            () = state.closed() => return Err(ApiError::refused(Refused::Closed)),
+        };
+        match read {
             Ok(Ok(bytes)) => Ok(JsonBody(bytes.into())),
             // The other reason, a client that is gone, reads no answer.
             Ok(Err(_)) => Err(too_large()),

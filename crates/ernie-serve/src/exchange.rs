@@ -5,7 +5,6 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, HttpBody};
-#[cfg(feature = "otel")]
 use axum::extract::Request;
 use axum::http::Method;
 use hyper::body::{Frame, SizeHint};
@@ -153,6 +152,17 @@ pub struct Asked {
     pub route: String,
 }
 
+/// Held by each exchange of a connection: with no other holder than the connection itself none is under way.
+#[derive(Clone, Debug, Default)]
+pub struct UnderWay(Arc<()>);
+
+impl UnderWay {
+    /// Whether there is an exchange.
+    pub fn is_held(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
+
 /// A request and its answer, which is told of when this is dropped.
 #[derive(Debug)]
 pub struct Exchange {
@@ -162,13 +172,14 @@ pub struct Exchange {
     notes: Notes,
     status: Option<u16>,
     handed_over: bool,
+    _under_way: Option<UnderWay>,
     #[cfg(feature = "otel")]
     span: Option<crate::otel::Pending>,
 }
 
 impl Exchange {
     /// Of a request that has just come.
-    pub fn new(state: &Shared, asked: Asked, #[cfg(feature = "otel")] head: &Request) -> Self {
+    pub fn new(state: &Shared, asked: Asked, head: &Request) -> Self {
         let began = Instant::now();
         Exchange {
             notes: Notes::new(began, state.config.log_prompts),
@@ -179,6 +190,7 @@ impl Exchange {
             began,
             status: None,
             handed_over: false,
+            _under_way: head.extensions().get().cloned(),
         }
     }
 

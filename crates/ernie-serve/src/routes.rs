@@ -178,12 +178,7 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
     let id = RequestId::of(request.headers(), &state);
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
     let asked = Asked { id: id.clone(), method: request.method().clone(), route };
-    let mut exchange = Exchange::new(
-        &state,
-        asked,
-        #[cfg(feature = "otel")]
-        &request,
-    );
+    let mut exchange = Exchange::new(&state, asked, &request);
     let notes = exchange.notes();
     let (mut head, body) = request.into_parts();
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ernie_checkpoint::{ChatTemplate, Tokenizer};
 use ernie_engine::{Model, SamplingParams};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::accounts::Accounts;
 use crate::api_error::ApiError;
@@ -64,6 +64,8 @@ pub struct State {
     pub traces: Option<crate::otel::Traces>,
     /// Set when the shutdown begins.
     pub draining: AtomicBool,
+    /// Set when all that was asked for in time is computed: what is still being asked is answered no more.
+    pub closing: watch::Sender<bool>,
     /// Set when it waits no longer for those who read.
     pub cutting_off: AtomicBool,
     /// When the server started, Unix seconds.
@@ -131,6 +133,12 @@ impl State {
             return Err(ApiError::field("ignore_eos", message));
         }
         Ok(constraint)
+    }
+
+    /// Waits until the server ends.
+    pub async fn closed(&self) {
+        // Without a sender there is no server either.
+        drop(self.closing.subscribe().wait_for(|closing| *closing).await);
     }
 
     /// Whether connections are ended with what they were about.

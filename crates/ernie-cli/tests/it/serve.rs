@@ -15,8 +15,11 @@ struct Serving {
 
 impl Serving {
     fn start(arguments: &[&str]) -> Self {
-        let arguments = [&["serve", "--port", "0", "--cache-mib", "64"], arguments].concat();
-        let mut child = command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        Self::of(command().args([&["serve", "--port", "0", "--cache-mib", "64"], arguments].concat()))
+    }
+
+    fn of(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address =
@@ -136,6 +139,34 @@ fn the_log_has_a_line_for_each_answer() {
             );
         }
     }
+}
+
+/// A terminal that is closed ends the server as SIGTERM does, however often it says so; one that was started not to care goes on.
+#[test]
+fn a_hangup_finishes_what_runs_unless_it_is_ignored() {
+    let serving = Serving::start(&["--threads", "1"]);
+    let body = json!({"prompt": "Once upon a time", "max_tokens": 490, "ignore_eos": true, "n": 4, "stream": true});
+    let mut connection = serving.send("/v1/completions", &body);
+    connection.read_exact(&mut [0; 300]).unwrap();
+    for _ in 0..3 {
+        serving.signal("-HUP");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let mut rest = String::new();
+    connection.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("[DONE]") && !rest.contains("\"error\""), "{rest}");
+    let (code, log) = serving.end();
+    assert_eq!(code, Some(0), "{log}");
+
+    let program = command();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' HUP; exec \"$0\" serve --port 0 --cache-mib 64 --database sqlite::memory:"]).arg(program.get_program());
+    let serving = Serving::of(&mut shell);
+    serving.signal("-HUP");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(serving.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2}))["usage"]["completion_tokens"], 2);
+    serving.signal("-TERM");
+    assert_eq!(serving.end().0, Some(0));
 }
 
 #[test]
