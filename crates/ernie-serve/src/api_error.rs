@@ -107,6 +107,11 @@ impl ApiError {
         ApiError { retry_after: Some(wait), ..error }
     }
 
+    /// More tokens than a key's minute ever has: 400, for waiting would not help.
+    pub fn too_large_for_limit(message: impl Into<String>) -> Self {
+        Self::request(StatusCode::BAD_REQUEST, Some("request_too_large_for_limit"), message)
+    }
+
     /// A key's tokens of the month are used up: 429, as OpenAI answers; `wait`: seconds to the next month.
     pub fn quota(message: impl Into<String>, wait: u64) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "insufficient_quota", Some("insufficient_quota"), message);

@@ -82,6 +82,11 @@ impl Notes {
         self.lock().key = Some(Arc::clone(key));
     }
 
+    /// The key that [`Notes::key`] told.
+    pub fn known_key(&self) -> Option<Arc<Key>> {
+        self.lock().key.clone()
+    }
+
     /// The model is asked. `prompts`: only called if they are logged.
     pub fn begin(&self, operation: &'static str, model: &str, prompt_tokens: usize, prompts: impl FnOnce() -> Vec<String>) {
         let texts = self.texts.then(|| Texts { prompts: prompts(), answers: Vec::new() });

@@ -2,7 +2,7 @@
 use std::sync::atomic::Ordering;
 
 use axum::extract::{MatchedPath, Path, Request, State as Extract};
-use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -12,6 +12,7 @@ use utoipa::{OpenApi, ToSchema};
 
 use crate::accounts::Caller;
 use crate::accounts::access;
+use crate::accounts::limits::Rate;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::chat::chat_completions;
 use crate::completions::completions;
@@ -192,7 +193,7 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
             Ok(caller) => {
                 head.extensions.insert(id.clone());
                 head.extensions.insert(caller);
-                head.extensions.insert(notes);
+                head.extensions.insert(notes.clone());
                 next.run(Request::from_parts(head, body)).await
             }
             Err(error) => error.into_response(),
@@ -202,8 +203,43 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
     if let Ok(id) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(request_id::HEADER, id);
     }
+    if let Some(key) = notes.known_key() {
+        rate_headers(response.headers_mut(), state.accounts.rates(&key));
+    }
     // Its body may go on for long.
     response.map(|body| exchange.over(body))
+}
+
+/// How far a key's limits of a minute are used, as OpenAI says it; of those that it has.
+fn rate_headers(headers: &mut HeaderMap, rates: [Option<Rate>; 2]) {
+    const NAMES: [[HeaderName; 3]; 2] = [
+        [
+            HeaderName::from_static("x-ratelimit-limit-requests"),
+            HeaderName::from_static("x-ratelimit-remaining-requests"),
+            HeaderName::from_static("x-ratelimit-reset-requests"),
+        ],
+        [
+            HeaderName::from_static("x-ratelimit-limit-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-tokens"),
+        ],
+    ];
+    for ([limit, remaining, reset], rate) in NAMES.into_iter().zip(rates) {
+        let Some(rate) = rate else { continue };
+        headers.insert(limit, rate.limit.into());
+        headers.insert(remaining, rate.remaining.into());
+        if let Ok(duration) = HeaderValue::from_str(&minutes(rate.reset)) {
+            headers.insert(reset, duration);
+        }
+    }
+}
+
+/// `1s`, `6m0s`.
+fn minutes(seconds: u64) -> String {
+    match seconds / 60 {
+        0 => format!("{seconds}s"),
+        minutes => format!("{minutes}m{}s", seconds % 60),
+    }
 }
 
 /// Whether a `Host` header means this machine. A page whose name was made to lead here (DNS rebinding) sends its own name.
@@ -217,7 +253,12 @@ fn is_this_machine(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_this_machine;
+    use super::{is_this_machine, minutes};
+
+    #[test]
+    fn durations_as_openai_writes_them() {
+        assert_eq!([0, 1, 59, 60, 61, 360].map(minutes), ["0s", "1s", "59s", "1m0s", "1m1s", "6m0s"]);
+    }
 
     #[test]
     fn names_of_this_machine() {

@@ -28,7 +28,7 @@ use charge::Charge;
 use database::Database;
 use energy::Power;
 use keys::{Grant, Key, NewSecret};
-use limits::{Amount, Limiter};
+use limits::{Amount, Limiter, Rate};
 use store::{Store, StoreError};
 use usage::{Actor, Audit, Prices};
 use writer::{Message, Record};
@@ -179,11 +179,20 @@ impl Accounts {
             .map_err(|wait| ApiError::rate_limited(format!("This key may send {limit} requests a minute; try again in {wait} s."), wait))
     }
 
+    /// How far a key's limits of a minute are used, that of requests and that of tokens.
+    pub fn rates(&self, key: &Key) -> [Option<Rate>; 2] {
+        let limits = key.grant.limits;
+        if limits.requests_per_minute.is_none() && limits.tokens_per_minute.is_none() {
+            return [None; 2];
+        }
+        self.limiter.rates(&key.id, limits.requests_per_minute, limits.tokens_per_minute)
+    }
+
     /// An account for a request that may use so many tokens at most. What it may use is set aside before its budget is looked at, so that requests at the same
     /// time cannot slip under it together.
     ///
     /// # Errors
-    /// 429 or 402 for what is used up; 503 if the database is away.
+    /// 429 or 402 for what is used up; 400 for more than a minute may ever have; 503 if the database is away.
     pub async fn admit(self: &Arc<Self>, caller: &Caller, model: &str, prompt_tokens: usize, most: usize) -> Result<Charge, ApiError> {
         let open = |id, reservation| Charge::new(Arc::clone(self), id, model.to_owned(), reservation);
         let Some(key) = &caller.0 else { return Ok(open(String::new(), None)) };
@@ -199,7 +208,8 @@ impl Accounts {
             let what = format!("This key may use {limit} tokens a minute, and this request up to {tokens}");
             match wait {
                 Some(wait) => ApiError::rate_limited(format!("{what}; try again in {wait} s."), wait),
-                None => ApiError::rate_limited(format!("{what}, which is never possible; ask for fewer tokens."), 60),
+                // Waiting would not help.
+                None => ApiError::too_large_for_limit(format!("{what}: no minute has room for it; ask for fewer tokens.")),
             }
         })?;
         self.fits_budgets(key, amount, others).await?;

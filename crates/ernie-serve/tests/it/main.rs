@@ -4,6 +4,7 @@ mod answers;
 mod client;
 mod databases;
 mod life;
+mod limits;
 mod live;
 mod nano;
 #[cfg(feature = "otel")]
