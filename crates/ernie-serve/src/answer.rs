@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use utoipa::ToSchema;
 
 use crate::accounts::charge::Charge;
+use crate::accounts::in_use::{InUse, unless_ended};
 use crate::api_error::ApiError;
 use crate::exchange::Notes;
 use crate::grammar::GrammarConstraint;
@@ -66,6 +67,7 @@ pub struct Answers {
     count: usize,
     prompt_tokens: usize,
     charge: Charge,
+    key: Option<InUse>,
     notes: Notes,
 }
 
@@ -100,18 +102,31 @@ impl Answers {
                 places.send(Job { task, index: index * wanted.n + number, events: sender.clone(), charge });
             }
         }
-        Answers { events, count, prompt_tokens, charge, notes }
+        Answers { events, count, prompt_tokens, key: charge.key_in_use(), charge, notes }
+    }
+
+    /// The next event; `None` if the engine has ended before the answers.
+    ///
+    /// # Errors
+    /// The key is not taken any more: nothing else will come.
+    async fn next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
+        let event = unless_ended(&mut self.key, self.events.recv()).await;
+        if event.is_err() {
+            // The engine drops what nobody waits for.
+            self.events.close();
+        }
+        event
     }
 
     /// All of them, in order.
     ///
     /// # Errors
-    /// The engine refused or failed one, or what they used cannot be written down.
+    /// The engine refused or failed one, the key is not taken any more, or what they used cannot be written down.
     pub async fn gather(mut self) -> Result<(Vec<Answer>, Usage), ApiError> {
         let mut answers: Vec<Answer> = (0..self.count).map(|_| Answer::default()).collect();
         let mut left = self.count;
         while left > 0 {
-            let (index, event) = self.events.recv().await.ok_or_else(ended_early)?;
+            let (index, event) = self.next().await?.ok_or_else(ended_early)?;
             let answer = &mut answers[index];
             match event {
                 Event::Token(token) => {
@@ -214,10 +229,11 @@ impl<S: Shape> Streaming<S> {
                 }
                 continue;
             }
-            match tokio::time::timeout(KEEP_ALIVE, self.answers.events.recv()).await {
+            match tokio::time::timeout(KEEP_ALIVE, self.answers.next()).await {
                 Err(_) => return Some(Bytes::from_static(b": waiting\n\n")),
-                Ok(None) => self.fail(&ended_early()),
-                Ok(Some((index, event))) => self.take(index, event),
+                Ok(Err(error)) => self.fail(&error),
+                Ok(Ok(None)) => self.fail(&ended_early()),
+                Ok(Ok(Some((index, event)))) => self.take(index, event),
             }
         }
     }

@@ -90,6 +90,12 @@ impl ApiError {
         Self::request(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)
     }
 
+    /// The key of an answer under way was revoked or has expired: 401.
+    pub fn key_ended() -> Self {
+        let message = "The API key of this request was revoked or has expired meanwhile.";
+        Self::request(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)
+    }
+
     /// The key is known but was not made for this: 403.
     pub fn insufficient_scope(wanted: Scope) -> Self {
         let message = format!("This key does not have the scope `{wanted}`.");

@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::charge::Charge;
+use crate::accounts::in_use::unless_ended;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
@@ -268,7 +269,8 @@ async fn score(places: &mut Places, prompts: &[Vec<u32>], top: usize, charge: &C
     }
     drop(sender);
     let mut all = vec![Vec::new(); prompts.len()];
-    while let Some((index, event)) = events.recv().await {
+    let mut key = charge.key_in_use();
+    while let Some((index, event)) = unless_ended(&mut key, events.recv()).await? {
         match event {
             Event::Scores(scores) => all[index] = scores,
             Event::Failed(error) => return Err(ApiError::engine(&error, "prompt")),

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
 use crate::accounts::Caller;
+use crate::accounts::in_use::unless_ended;
 use crate::answer::Usage;
 use crate::api_error::{ApiError, ErrorBody};
 use crate::body::JsonBody;
@@ -139,7 +140,7 @@ pub async fn embeddings(
     let mut places = Some(state.reserve(count.min(part))?);
     let charge = state.accounts.admit(&caller, &state.name, tokens, 0).await?;
     notes.begin("embeddings", &state.name, tokens, || texts.iter().map(|ids| state.tokenizer.decode(ids, false)).collect());
-    let mut vectors = vec![None; count];
+    let (mut key, mut vectors) = (charge.key_in_use(), vec![None; count]);
     let mut texts = texts.into_iter().enumerate().peekable();
     while texts.peek().is_some() {
         let of_part: Vec<_> = texts.by_ref().take(part).collect();
@@ -152,7 +153,7 @@ pub async fn embeddings(
             places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone(), charge: Some(charge.clone()) });
         }
         drop(sender);
-        while let Some((index, event)) = events.recv().await {
+        while let Some((index, event)) = unless_ended(&mut key, events.recv()).await? {
             match event {
                 Event::Embedding(values) => vectors[index] = Some(values),
                 Event::Failed(error) => return Err(ApiError::engine(&error, "input")),

@@ -8,6 +8,7 @@ pub mod calendar;
 pub mod charge;
 pub mod database;
 pub mod energy;
+pub mod in_use;
 pub mod keys;
 pub mod limits;
 pub mod store;
@@ -27,6 +28,7 @@ use calendar::Day;
 use charge::Charge;
 use database::Database;
 use energy::Power;
+use in_use::KeysInUse;
 use keys::{Grant, Key, NewSecret};
 use limits::{Amount, Limiter, Rate};
 use store::{Store, StoreError};
@@ -41,6 +43,8 @@ const TOUCH_EVERY: u64 = 60;
 pub struct Accounts {
     /// The database.
     pub store: Store,
+    /// Those of answers under way.
+    pub in_use: KeysInUse,
     limiter: Arc<Limiter>,
     prices: Prices,
     power: Arc<Power>,
@@ -96,8 +100,9 @@ impl Accounts {
             per_million_completion_tokens: config.price_per_million_completion_tokens,
         };
         let closed = AtomicBool::new(store.has_keys().await?);
-        Ok(Arc::new(Accounts {
+        let accounts = Arc::new(Accounts {
             store,
+            in_use: KeysInUse::default(),
             limiter,
             prices,
             power,
@@ -106,7 +111,16 @@ impl Accounts {
             loopback: config.host.is_loopback(),
             closed,
             changes: Default::default(),
-        }))
+        });
+        let looking = Arc::downgrade(&accounts);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(in_use::LOOK_EVERY).await;
+                let Some(accounts) = looking.upgrade() else { return };
+                accounts.look_at_keys_in_use().await;
+            }
+        });
+        Ok(accounts)
     }
 
     /// Whether requests without a key are let in: there is no key, and only this machine is listened to. Keys that expired or were revoked count: the last one that is
@@ -165,6 +179,18 @@ impl Accounts {
                 Ok(Arc::new(key))
             }
             _ => Err(ApiError::no_valid_key()),
+        }
+    }
+
+    /// Tells those who use a key that is not valid any more.
+    async fn look_at_keys_in_use(&self) {
+        for id in self.in_use.ids() {
+            match self.store.key(&id).await {
+                Ok(Some((key, _))) if key.is_valid(unix_seconds()) => {}
+                Ok(_) => self.in_use.end(&id),
+                // Nobody knows; requests are refused meanwhile, but what was let in goes on.
+                Err(error) => return tracing::error!(%error, "cannot see whether keys in use are still valid"),
+            }
         }
     }
 

@@ -36,7 +36,7 @@ impl Accounts {
     }
 
     /// A key's id and the key.
-    fn key(&self, grant: Grant) -> (String, String) {
+    pub fn key(&self, grant: Grant) -> (String, String) {
         let (key, presented) =
             self.runtime.block_on(create_key(&self.store, grant.checked().unwrap(), Actor::CommandLine("test".into()))).unwrap();
         (key.id, presented)
@@ -50,7 +50,7 @@ impl Accounts {
         self.key(Grant { limits, ..Grant::new("limited") }).1
     }
 
-    fn revoke(&self, id: &str) {
+    pub fn revoke(&self, id: &str) {
         self.runtime.block_on(revoke_key(&self.store, id, Actor::CommandLine("test".into()))).unwrap().unwrap();
     }
 
@@ -70,7 +70,7 @@ pub fn completion(max_tokens: usize) -> Value {
     json!({"prompt": vec![7; 10], "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0})
 }
 
-fn wait(what: &str, mut condition: impl FnMut() -> bool) {
+pub fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     let began = Instant::now();
     while !condition() {
         assert!(began.elapsed() < Duration::from_secs(60), "{what} did not happen");

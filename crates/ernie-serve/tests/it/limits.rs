@@ -1,8 +1,13 @@
-//! Limits of a minute.
-use ernie_serve::accounts::keys::Limits;
-use serde_json::json;
+//! Limits of a minute, and keys that end while they are used.
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::accounts::{Accounts, completion};
+use ernie_serve::ServeConfig;
+use ernie_serve::accounts::keys::{Grant, Limits, Scope};
+use serde_json::{Value, json};
+
+use crate::accounts::{Accounts, completion, wait};
 use crate::client::Reply;
 use crate::databases;
 
@@ -69,4 +74,72 @@ fn answers_say_how_far_the_minute_is_used() {
     assert_eq!((of(&reply, "requests"), of(&reply, "tokens").1), ((None, None, None), text("0")));
     let reply = accounts.complete(&accounts.limited(Limits::default()), 1);
     assert!(!reply.headers.keys().any(|name| name.as_str().starts_with("x-ratelimit")), "{:?}", reply.headers);
+}
+
+/// A request whose head has been read; the rest of its answer.
+fn begun(accounts: &Accounts, key: &str, head: &str, body: &str) -> BufReader<TcpStream> {
+    let mut connection = TcpStream::connect(accounts.server.address).unwrap();
+    connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let headers = format!("host: x\r\nconnection: close\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n");
+    write!(connection, "{head} HTTP/1.1\r\n{headers}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    BufReader::new(connection)
+}
+
+/// The last data of a stream but `[DONE]`.
+fn last_event(mut stream: BufReader<TcpStream>) -> Value {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]").collect();
+    serde_json::from_str(events.last().unwrap_or_else(|| panic!("{text}"))).unwrap()
+}
+
+/// Answers under way end with their key, whoever ends it: this server, another process, or the time.
+#[test]
+fn a_key_that_ends_takes_its_answers_with_it() {
+    // Long enough for all of that: one answer after the other.
+    let mut body = json!({"prompt": vec![7; 10], "max_tokens": 490, "ignore_eos": true, "n": 128});
+    let whole = body.to_string();
+    body["stream"] = json!(true);
+    let stream = body.to_string();
+    for database in databases::all() {
+        let accounts = Accounts::with(database, ServeConfig { max_batch_size: 1, max_queue: 600, ..ServeConfig::default() });
+        let admin = accounts.scoped(&[Scope::Admin, Scope::Metrics, Scope::Completions]);
+        for how in ["here", "elsewhere", "expired"] {
+            let soon = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 2;
+            let expires = (how == "expired").then_some(soon);
+            let scopes = vec![Scope::Completions, Scope::Embeddings, Scope::Metrics];
+            let (id, key) = accounts.key(Grant { expires, scopes, ..Grant::new(how) });
+            let mut streamed = begun(&accounts, &key, "POST /v1/completions", &stream);
+            streamed.read_until(b'}', &mut Vec::new()).unwrap();
+            let mut watched = begun(&accounts, &key, "GET /v1/live", "");
+            watched.read_until(b'}', &mut Vec::new()).unwrap();
+            let embedded = begun(&accounts, &key, "POST /v1/embeddings", "{\"input\": \"a text that waits\"}");
+            let gathered = begun(&accounts, &key, "POST /v1/completions", &whole);
+            // Another key's answer goes on.
+            let mut other = begun(&accounts, &admin, "POST /v1/completions", &stream);
+            other.read_until(b'\n', &mut Vec::new()).unwrap();
+            let began = Instant::now();
+            match how {
+                "here" => {
+                    assert_eq!(accounts.server.with_key(&admin).post(&format!("/admin/api/keys/{id}/revoke"), &json!({})).status, 200)
+                }
+                "elsewhere" => accounts.revoke(&id),
+                _ => {}
+            }
+            for stream in [streamed, watched] {
+                let last = last_event(stream);
+                assert_eq!(last["error"]["code"], "invalid_api_key", "{how}: {last}");
+            }
+            for mut answer in [embedded, gathered] {
+                let mut text = String::new();
+                answer.read_to_string(&mut text).unwrap();
+                assert!(text.starts_with("HTTP/1.1 401 ") && text.contains("revoked or has expired"), "{how}: {text}");
+            }
+            assert!(began.elapsed() < Duration::from_secs(10), "{how}: {:?}", began.elapsed());
+            accounts.complete(&key, 1).error(401);
+            wait("only the other's is left", || accounts.server.with_key(&admin).metric("ernie_streams") == 1.0);
+            drop(other);
+            wait("none is left", || accounts.server.with_key(&admin).metric("ernie_streams") == 0.0);
+        }
+    }
 }
