@@ -116,6 +116,10 @@ struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_streams: Option<u32>,
+    /// Pages of other sites that may use /v1 from a browser: https://HOST,… or * [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cors_origins: Option<String>,
     /// Where keys and usage are: sqlite:PATH, sqlite::memory:, postgres://… [default: ernie/serve.db in the user's data directory]
     #[arg(long, value_name = "DATABASE")]
     #[serde(skip_serializing_if = "Option::is_none")]

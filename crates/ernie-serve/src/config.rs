@@ -3,10 +3,11 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ernie_engine::{DraftOptions, EngineOptions, KvDtype, LoadOptions, WeightDtype};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
 use crate::accounts::database::{Database, without_passwords};
+use crate::cors;
 use crate::error::{Error, Result};
 
 /// What the names of environment variables begin with; the key of the configuration in capitals follows.
@@ -66,6 +67,9 @@ pub struct ServeConfig {
     pub write_timeout_s: u64,
     /// Seconds that a shutdown waits for answers under way.
     pub drain_timeout_s: u64,
+    /// Pages that may use `/v1` from a browser, `https://HOST`, or `*` for all; none besides the server's own if there are none.
+    #[serde(deserialize_with = "list")]
+    pub cors_origins: Vec<String>,
     /// Where keys, usage and the audit log are: `sqlite:PATH`, `sqlite::memory:` or `postgres://…`; a file under the user's data directory if there is none.
     pub database: Option<String>,
     /// What money is counted in; a name for people.
@@ -175,6 +179,7 @@ impl Default for ServeConfig {
             body_timeout_s: 30,
             write_timeout_s: 30,
             drain_timeout_s: 30,
+            cors_origins: Vec::new(),
             database: None,
             currency: "USD".to_owned(),
             price_per_million_prompt_tokens: 0.0,
@@ -248,6 +253,9 @@ impl ServeConfig {
         if let Some(name) = &self.database {
             Database::named(Some(name)).map_err(|error| refuse(error.to_string()))?;
         }
+        for origin in &self.cors_origins {
+            cors::check(origin).map_err(|reason| refuse(format!("cors_origins: {reason}")))?;
+        }
         if let Some(endpoint) = &self.otlp_endpoint {
             check_collector(endpoint).map_err(|reason| refuse(format!("otlp_endpoint: {reason}")))?;
         }
@@ -314,6 +322,20 @@ impl ServeConfig {
     }
 }
 
+/// A list, or one text with commas, as a flag or a variable has it.
+fn list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a list of texts, or one with commas")]
+    enum Either {
+        Text(String),
+        List(Vec<String>),
+    }
+    Ok(match Either::deserialize(deserializer)? {
+        Either::Text(text) => text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect(),
+        Either::List(list) => list,
+    })
+}
+
 /// Whether traces can go there, and from this program at all.
 fn check_collector(endpoint: &str) -> std::result::Result<(), String> {
     if !cfg!(feature = "otel") {
@@ -378,6 +400,16 @@ mod tests {
     }
 
     #[test]
+    fn a_list_may_be_a_text_with_commas() {
+        let two = ["http://localhost:3000", "https://chat.example"];
+        for text in ["http://localhost:3000,https://chat.example", "[\"http://localhost:3000\", \"https://chat.example\"]"] {
+            assert_eq!(load(None, &[("ERNIE_SERVE_CORS_ORIGINS", text)], "").unwrap().cors_origins, two);
+        }
+        assert_eq!(load(None, &[], &format!("cors_origins = \"{}\"", two.join(", "))).unwrap().cors_origins, two);
+        assert_eq!(load(None, &[], "cors_origins = \"*\"").unwrap().cors_origins, ["*"]);
+    }
+
+    #[test]
     fn a_collector_needs_the_feature_and_a_plain_url() {
         let load = |url: &str| load(None, &[("ERNIE_SERVE_OTLP_ENDPOINT", url)], "");
         if cfg!(feature = "otel") {
@@ -416,6 +448,8 @@ mod tests {
             ("max_queue = 0", "max_queue"),
             ("cache_mib = 10000000000", "cache_mib"),
             ("tls_key = \"k\"", "tls_certificate"),
+            ("cors_origins = [\"chat.example\"]", "cors_origins"),
+            ("cors_origins = 5", "cors_origins"),
         ] {
             let error = load(None, &[], flags).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

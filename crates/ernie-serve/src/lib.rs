@@ -15,6 +15,7 @@ mod chat;
 mod completions;
 mod config;
 mod connection;
+mod cors;
 mod embeddings;
 mod error;
 mod exchange;

@@ -22,7 +22,7 @@ use crate::request_id::{self, RequestId};
 use crate::settings::{change_settings, settings};
 use crate::state::{Shared, State};
 use crate::tokens::{detokenize, tokenize};
-use crate::{admin, chat, completions, embeddings, page, tokens};
+use crate::{admin, chat, completions, cors, embeddings, page, tokens};
 
 /// The description that `/openapi.json` gives.
 #[derive(Debug, OpenApi)]
@@ -182,12 +182,15 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
     let mut exchange = Exchange::new(&state, asked, &request);
     let notes = exchange.notes();
     let (mut head, body) = request.into_parts();
+    let page = cors::Page::of(&state.config.cors_origins, &head);
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let of_this_machine = host.is_none_or(is_this_machine);
     let open = state.accounts.is_open().await;
     let mut response = if open && !of_this_machine {
         let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
         ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
+    } else if let Some(answer) = page.as_ref().and_then(cors::Page::answer) {
+        answer
     } else {
         match access::authorise(&state, open, &head, &notes).await {
             Ok(caller) => {
@@ -205,6 +208,9 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
     }
     if let Some(key) = notes.known_key() {
         rate_headers(response.headers_mut(), state.accounts.rates(&key));
+    }
+    if let Some(page) = page {
+        page.tell(response.headers_mut());
     }
     // Its body may go on for long.
     response.map(|body| exchange.over(body))

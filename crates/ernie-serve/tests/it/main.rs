@@ -2,6 +2,7 @@
 mod accounts;
 mod answers;
 mod client;
+mod cors;
 mod databases;
 mod life;
 mod limits;
