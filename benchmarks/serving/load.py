@@ -25,13 +25,16 @@ def arguments():
     parser.add_argument("--rates", default="0.3,0.6,0.8", help="shares of the first server's saturated rate; default: 0.3,0.6,0.8")
     parser.add_argument("--per-second", help="these rates instead, requests a second")
     parser.add_argument("--seconds", type=float, default=60, help="of arrivals in each run; default: 60")
-    parser.add_argument("--saturating", type=int, default=64, help="requests of the saturated run; default: 64")
+    parser.add_argument("--saturating", type=int, default=64, help="requests of the saturated run, 0 for none; default: 64")
     parser.add_argument("--streams", type=int, default=16, help="readers of the saturated run; default: 16")
     parser.add_argument("--prompt-words", default="16,256", help="bounds; default: 16,256")
     parser.add_argument("--answer-tokens", default="16,128", help="bounds; default: 16,128")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not (options.saturating or options.per_second):
+        parser.error("without a saturated run the rates must be given: --per-second")
+    return options
 
 
 def pair(text):
@@ -58,13 +61,18 @@ async def main():
     result = {"host": platform.processor() or platform.machine(), "saturated": {}, "poisson": []}
     for name, url in servers.items():
         # A few first, for what a server does only once.
-        await traffic.saturate(url, made[:2], fields(name), 1, keys.get(name))
+        await traffic.saturate(url, traffic.requests(1.0, 3.0, options.seed + 1000, **sizes), fields(name), 1, keys.get(name))
+        if not made:
+            continue
         result["saturated"][name] = traffic.summary(*await traffic.saturate(url, made, fields(name), options.streams, keys.get(name)))
         line(name, "saturated", result["saturated"][name])
-    most = next(iter(result["saturated"].values()))["requests_per_s"]
-    rates = [float(r) for r in options.per_second.split(",")] if options.per_second else [most * float(s) for s in options.rates.split(",")]
-    for rate in rates:
-        made = traffic.requests(rate, options.seconds, options.seed, **sizes)
+    if options.per_second:
+        rates = [float(rate) for rate in options.per_second.split(",")]
+    else:
+        rates = [next(iter(result["saturated"].values()))["requests_per_s"] * float(share) for share in options.rates.split(",")]
+    for number, rate in enumerate(rates, 1):
+        # New prompts each time: what a server keeps of those before is not what is measured.
+        made = traffic.requests(rate, options.seconds, options.seed + number, **sizes)
         for name, url in servers.items():
             run = traffic.summary(*await traffic.replay(url, made, fields(name), keys.get(name)))
             result["poisson"].append({"server": name, "rate": rate} | run)

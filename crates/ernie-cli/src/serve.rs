@@ -18,8 +18,8 @@ use crate::outcome::{self, Outcome};
         /v1/models, /v1/tokenize, /v1/detokenize; /health/live, /health/ready, /metrics for Prometheus, and /openapi.json, which describes \
         them all.\n\n\
         Without keys only this machine itself is served; `ernie keys create NAME` makes the first, and from then on each request needs one, of which the server \
-        learns at once. Keys, what they used and who changed them are in a database: a file of this user, or PostgreSQL (--database). Ctrl-C or SIGTERM finishes the answers under way and takes no new \
-        requests; a second one stops at once.\n\n\
+        learns at once. Keys, what they used and who changed them are in a database: a file of this user, or PostgreSQL (--database). Ctrl-C, SIGTERM or SIGHUP finishes the answers under way and takes no new \
+        requests; a second Ctrl-C or SIGTERM stops at once.\n\n\
         Every option may also stand in a TOML file (--config), under its name with _ for -, and in the environment, as ERNIE_SERVE_ and that \
         name in capitals. Flags win over the environment, the environment over the file. Limits of time and size stand in those two only; --print-config \
         shows them all, with their defaults.",
@@ -34,7 +34,7 @@ pub struct ServeArguments {
     /// A file with options
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print the options that all sources give together, as such a file, and end
+    /// Print the options that all sources give together, as such a file, and end; the password in a database's URL is printed as ***
     #[arg(long)]
     print_config: bool,
     #[command(flatten)]
@@ -116,6 +116,10 @@ struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_streams: Option<u32>,
+    /// Pages of other sites that may use /v1 from a browser: https://HOST,… or * [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cors_origins: Option<String>,
     /// Where keys and usage are: sqlite:PATH, sqlite::memory:, postgres://… [default: ernie/serve.db in the user's data directory]
     #[arg(long, value_name = "DATABASE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -128,6 +132,14 @@ struct Options {
     #[arg(long, value_name = "FORM")]
     #[serde(skip_serializing_if = "Option::is_none")]
     log_format: Option<String>,
+    /// Log the prompt and the text of each answer too, which else are never logged
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log_prompts: Option<bool>,
+    /// OpenTelemetry collector that takes traces over HTTP, http://HOST:4318; needs a program built with the feature otel
+    #[arg(long, value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    otlp_endpoint: Option<String>,
 }
 
 /// Runs the command.

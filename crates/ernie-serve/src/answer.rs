@@ -13,7 +13,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use utoipa::ToSchema;
 
 use crate::accounts::charge::Charge;
+use crate::accounts::in_use::Term;
 use crate::api_error::ApiError;
+use crate::exchange::Notes;
 use crate::grammar::GrammarConstraint;
 use crate::metrics::StreamGuard;
 use crate::state::State;
@@ -65,6 +67,8 @@ pub struct Answers {
     count: usize,
     prompt_tokens: usize,
     charge: Charge,
+    term: Term,
+    notes: Notes,
 }
 
 /// What each answer of a request has in common.
@@ -81,8 +85,8 @@ pub struct Wanted {
 }
 
 impl Answers {
-    /// Sends everything to the engine: `n` answers to each prompt, one after the other. `charge` pays, for each prompt once.
-    pub fn start(state: &State, places: &mut Places, prompts: Vec<Vec<u32>>, wanted: &Wanted, charge: Charge) -> Self {
+    /// Sends everything to the engine: `n` answers to each prompt, one after the other. `charge` pays, for each prompt once; `notes` are told what comes.
+    pub fn start(state: &State, places: &mut Places, prompts: Vec<Vec<u32>>, wanted: &Wanted, (charge, notes): (Charge, Notes)) -> Self {
         let count = prompts.len() * wanted.n;
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let (sender, events) = mpsc::channel(state.config.stream_buffer.saturating_mul(count.max(1)));
@@ -98,27 +102,42 @@ impl Answers {
                 places.send(Job { task, index: index * wanted.n + number, events: sender.clone(), charge });
             }
         }
-        Answers { events, count, prompt_tokens, charge }
+        Answers { events, count, prompt_tokens, term: state.term(&charge), charge, notes }
+    }
+
+    /// The next event; `None` if the engine has ended before the answers.
+    ///
+    /// # Errors
+    /// The key is not taken any more, or the time is over: nothing else will come.
+    async fn next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
+        let event = self.term.within(self.events.recv()).await;
+        if event.is_err() {
+            // The engine drops what nobody waits for.
+            self.events.close();
+        }
+        event
     }
 
     /// All of them, in order.
     ///
     /// # Errors
-    /// The engine refused or failed one, or what they used cannot be written down.
+    /// The engine refused or failed one, the key is not taken any more, the time is over, or what they used cannot be written down.
     pub async fn gather(mut self) -> Result<(Vec<Answer>, Usage), ApiError> {
         let mut answers: Vec<Answer> = (0..self.count).map(|_| Answer::default()).collect();
         let mut left = self.count;
         while left > 0 {
-            let (index, event) = self.events.recv().await.ok_or_else(ended_early)?;
+            let (index, event) = self.next().await?.ok_or_else(ended_early)?;
             let answer = &mut answers[index];
             match event {
                 Event::Token(token) => {
+                    self.notes.token(index, &token);
                     answer.text.push_str(&token.text);
                     if token.id.is_some() {
                         answer.tokens.push(token);
                     }
                 }
                 Event::Finished { text, reason, tokens } => {
+                    self.notes.text(index, &text);
                     answer.text.push_str(&text);
                     (answer.reason, answer.count) = (Some(reason), tokens);
                     left -= 1;
@@ -166,6 +185,8 @@ pub trait Shape: Send + 'static {
     fn token(&mut self, index: usize, token: &Token) -> Option<Bytes>;
     /// The end of an answer, with the text that was still held back.
     fn end(&mut self, index: usize, text: &str, reason: FinishReason) -> Bytes;
+    /// What [`Shape::end`] called the reason of an answer's end.
+    fn reason(&self, index: usize, reason: FinishReason) -> &'static str;
     /// After all of them; `None` if it was not asked for.
     fn usage(&mut self, usage: Usage) -> Option<Bytes>;
 }
@@ -208,20 +229,26 @@ impl<S: Shape> Streaming<S> {
                 }
                 continue;
             }
-            match tokio::time::timeout(KEEP_ALIVE, self.answers.events.recv()).await {
+            match tokio::time::timeout(KEEP_ALIVE, self.answers.next()).await {
                 Err(_) => return Some(Bytes::from_static(b": waiting\n\n")),
-                Ok(None) => self.fail(&ended_early()),
-                Ok(Some((index, event))) => self.take(index, event),
+                Ok(Err(error)) => self.fail(&error),
+                Ok(Ok(None)) => self.fail(&ended_early()),
+                Ok(Ok(Some((index, event)))) => self.take(index, event),
             }
         }
     }
 
     fn take(&mut self, index: usize, event: Event) {
         match event {
-            Event::Token(token) => self.frames.extend(self.shape.token(index, &token)),
+            Event::Token(token) => {
+                self.answers.notes.token(index, &token);
+                self.frames.extend(self.shape.token(index, &token));
+            }
             Event::Finished { text, reason, tokens } => {
                 self.completion_tokens += tokens;
+                self.answers.notes.text(index, &text);
                 self.frames.push_back(self.shape.end(index, &text, reason));
+                self.answers.notes.finished(self.shape.reason(index, reason));
                 self.left -= 1;
             }
             Event::Failed(error) => self.fail(&ApiError::engine(&error, "prompt")),
@@ -230,6 +257,7 @@ impl<S: Shape> Streaming<S> {
     }
 
     fn fail(&mut self, error: &ApiError) {
+        self.answers.notes.failed();
         self.frames.push_back(frame(&error.body()));
         self.finish();
     }

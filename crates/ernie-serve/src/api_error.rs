@@ -90,6 +90,18 @@ impl ApiError {
         Self::request(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)
     }
 
+    /// The key of an answer under way was revoked or has expired: 401.
+    pub fn key_ended() -> Self {
+        let message = "The API key of this request was revoked or has expired meanwhile.";
+        Self::request(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)
+    }
+
+    /// The answer took longer than it may: 504.
+    pub fn out_of_time(seconds: u64) -> Self {
+        let message = format!("The answer was cut off: it took more than the {seconds} s that one may take here, waiting included.");
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout"), message)
+    }
+
     /// The key is known but was not made for this: 403.
     pub fn insufficient_scope(wanted: Scope) -> Self {
         let message = format!("This key does not have the scope `{wanted}`.");
@@ -105,6 +117,11 @@ impl ApiError {
     pub fn rate_limited(message: impl Into<String>, wait: u64) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"), message);
         ApiError { retry_after: Some(wait), ..error }
+    }
+
+    /// More tokens than a key's minute ever has: 400, for waiting would not help.
+    pub fn too_large_for_limit(message: impl Into<String>) -> Self {
+        Self::request(StatusCode::BAD_REQUEST, Some("request_too_large_for_limit"), message)
     }
 
     /// A key's tokens of the month are used up: 429, as OpenAI answers; `wait`: seconds to the next month.

@@ -9,6 +9,7 @@ use serde::de::{DeserializeOwned, DeserializeSeed};
 
 use crate::api_error::ApiError;
 use crate::state::Shared;
+use crate::worker::Refused;
 
 /// A whole body that says it is JSON. Types are read from it by [`JsonBody::parse`], as many as there are.
 #[derive(Debug)]
@@ -24,6 +25,21 @@ impl FromRequest<Shared> for JsonBody {
             let message = "The body must be JSON; send the header `content-type: application/json`.";
             return Err(ApiError::request(StatusCode::UNSUPPORTED_MEDIA_TYPE, None, message));
         }
+        // Compressed, or in another character set, it would be read as something else than was meant.
+        let encodings = request.headers().get_all(header::CONTENT_ENCODING).iter();
+        let encoded = encodings.map(|value| value.to_str().unwrap_or("?")).flat_map(|value| value.split(',')).map(str::trim);
+        if let Some(encoding) = encoded.into_iter().find(|encoding| !encoding.is_empty() && !encoding.eq_ignore_ascii_case("identity")) {
+            let message = format!("The body must come as it is, without `content-encoding`; got `{}`.", encoding.escape_debug());
+            return Err(ApiError::request(StatusCode::UNSUPPORTED_MEDIA_TYPE, Some("unsupported_content_encoding"), message));
+        }
+        let charset = kind.split(';').skip(1).find_map(|parameter| {
+            let (name, value) = parameter.split_once('=')?;
+            name.trim().eq_ignore_ascii_case("charset").then(|| value.trim().trim_matches('"'))
+        });
+        if let Some(charset) = charset.filter(|charset| !charset.eq_ignore_ascii_case("utf-8") && !charset.eq_ignore_ascii_case("utf8")) {
+            let message = format!("The body must be UTF-8, as all JSON; got `charset={}`.", charset.escape_debug());
+            return Err(ApiError::request(StatusCode::UNSUPPORTED_MEDIA_TYPE, Some("unsupported_charset"), message));
+        }
         let limit = state.config.max_body_bytes;
         let too_large = || {
             let message = format!("The body is larger than {limit} bytes.");
@@ -33,7 +49,12 @@ impl FromRequest<Shared> for JsonBody {
         if body.size_hint().lower() > limit as u64 {
             return Err(too_large());
         }
-        match tokio::time::timeout(Duration::from_secs(state.config.body_timeout_s), to_bytes(body, limit)).await {
+        let read = tokio::time::timeout(Duration::from_secs(state.config.body_timeout_s), to_bytes(body, limit));
+        let read = tokio::select! {
+            read = read => read,
+            () = state.closed() => return Err(ApiError::refused(Refused::Closed)),
+        };
+        match read {
             Ok(Ok(bytes)) => Ok(JsonBody(bytes.into())),
             // The other reason, a client that is gone, reads no answer.
             Ok(Err(_)) => Err(too_large()),

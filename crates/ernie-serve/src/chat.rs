@@ -17,6 +17,7 @@ use crate::api_error::ApiError;
 use crate::body::JsonBody;
 use crate::completions::finite;
 use crate::config::ReasoningParser;
+use crate::exchange::Notes;
 use crate::fields::{self, Known};
 use crate::grammar::Form;
 use crate::numbers::whole;
@@ -324,6 +325,7 @@ pub async fn chat_completions(
     Extract(state): Extract<Shared>,
     Extension(RequestId(id)): Extension<RequestId>,
     Extension(caller): Extension<Caller>,
+    Extension(notes): Extension<Notes>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     fields::check(&body, &Known::of("ChatRequest"))?;
@@ -334,6 +336,7 @@ pub async fn chat_completions(
     let mut places = state.reserve(wanted.n)?;
     let most = wanted.n.saturating_mul(wanted.params.max_tokens);
     let charge = state.accounts.admit(&caller, &state.name, ids.len(), most).await?;
+    notes.begin("chat", &state.name, ids.len(), || vec![state.tokenizer.decode(&ids, false)]);
     let shape = ChatShape {
         head: ChatResponse {
             id: format!("chatcmpl-{id}"),
@@ -349,10 +352,14 @@ pub async fn chat_completions(
         readers: vec![TurnReader::new(&reading); wanted.n],
         names: state.random.clone(),
     };
-    let answers = Answers::start(&state, &mut places, vec![ids], &wanted, charge);
+    let answers = Answers::start(&state, &mut places, vec![ids], &wanted, (charge, notes.clone()));
     match permit {
         Some(permit) => Ok(answers.stream(&state, permit, shape)),
-        None => Ok(Json(shape.whole(answers.gather().await?)).into_response()),
+        None => {
+            let response = shape.whole(answers.gather().await?);
+            response.choices.iter().filter_map(|choice| choice.finish_reason).for_each(|reason| notes.finished(reason));
+            Ok(Json(response).into_response())
+        }
     }
 }
 
@@ -398,13 +405,6 @@ impl ChatShape {
         let id = format!("call_{:016x}", self.names.hash_one((&self.head.id, answer, number)));
         let function = Called { name: Some(name), arguments: String::new() };
         ToolCall { index: Some(number), id: Some(id), kind: Some("function".to_owned()), function }
-    }
-
-    fn reason(&self, index: usize, reason: FinishReason) -> &'static str {
-        match finish_reason(reason) {
-            "stop" if self.readers[index].calls() > 0 => "tool_calls",
-            reason => reason,
-        }
     }
 
     fn report(&self, tokens: &[Token]) -> Option<ChatLogprobs> {
@@ -464,6 +464,13 @@ impl Shape for ChatShape {
         let mut events = self.events(index, pieces, None);
         events.extend_from_slice(&self.event(index, Turn::default(), None, Some(self.reason(index, reason))));
         events.into()
+    }
+
+    fn reason(&self, index: usize, reason: FinishReason) -> &'static str {
+        match finish_reason(reason) {
+            "stop" if self.readers[index].calls() > 0 => "tool_calls",
+            reason => reason,
+        }
     }
 
     fn usage(&mut self, usage: Usage) -> Option<Bytes> {

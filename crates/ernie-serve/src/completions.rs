@@ -13,9 +13,11 @@ use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::charge::Charge;
+use crate::accounts::in_use::Term;
 use crate::answer::{Answers, Shape, Usage, Wanted, finish_reason, frame, room};
 use crate::api_error::ApiError;
 use crate::body::JsonBody;
+use crate::exchange::Notes;
 use crate::fields::{self, Known};
 use crate::grammar::Form;
 use crate::numbers::whole;
@@ -223,6 +225,7 @@ pub async fn completions(
     Extract(state): Extract<Shared>,
     Extension(RequestId(id)): Extension<RequestId>,
     Extension(caller): Extension<Caller>,
+    Extension(notes): Extension<Notes>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     fields::check(&body, &Known::of("CompletionRequest"))?;
@@ -236,9 +239,10 @@ pub async fn completions(
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let most = wanted.as_ref().map_or(0, |wanted| (prompts.len() * wanted.n).saturating_mul(wanted.params.max_tokens));
     let mut charge = state.accounts.admit(&caller, &state.name, prompt_tokens, most).await?;
+    notes.begin("text_completion", &state.name, prompt_tokens, || prompts.iter().map(|ids| state.tokenizer.decode(ids, false)).collect());
     let mut echoes: Vec<Echo> = echo.into_iter().flatten().map(|text| Echo { text, ..Echo::default() }).collect();
     if let Some(top) = logprobs.filter(|_| scored) {
-        let scores = score(&mut places, &prompts, top, &charge).await?;
+        let scores = score(&mut places, &prompts, top, (&charge, state.term(&charge))).await?;
         charge = charge.answers_only();
         let ids = prompts.clone();
         let logprobs =
@@ -266,7 +270,7 @@ pub async fn completions(
     // Without anything to generate there is nothing to wait for: a stream of no tokens.
     let nothing = Wanted { n: 0, params: Default::default(), logprobs, constraint: None };
     let generates = wanted.is_some();
-    let answers = Answers::start(&state, &mut places, prompts, wanted.as_ref().unwrap_or(&nothing), charge);
+    let answers = Answers::start(&state, &mut places, prompts, wanted.as_ref().unwrap_or(&nothing), (charge, notes.clone()));
     match permit {
         Some(_) if !generates => Err(ApiError::field("stream", "`stream`: there is nothing to stream with `max_tokens` 0")),
         Some(permit) => Ok(answers.stream(&state, permit, shape)),
@@ -280,20 +284,27 @@ pub async fn completions(
                     .collect();
                 answers.1 = Usage::new(prompt_tokens, 0);
             }
-            Ok(Json(shape.whole(answers)).into_response())
+            let response = shape.whole(answers);
+            response.choices.iter().filter_map(|choice| choice.finish_reason).for_each(|reason| notes.finished(reason));
+            Ok(Json(response).into_response())
         }
     }
 }
 
 /// The log-probabilities of the prompts' own tokens.
-async fn score(places: &mut Places, prompts: &[Vec<u32>], top: usize, charge: &Charge) -> Result<Vec<Vec<Score>>, ApiError> {
+async fn score(
+    places: &mut Places,
+    prompts: &[Vec<u32>],
+    top: usize,
+    (charge, mut term): (&Charge, Term),
+) -> Result<Vec<Vec<Score>>, ApiError> {
     let (sender, mut events) = mpsc::channel(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
         places.send(Job { task: Task::Score { prompt: prompt.clone(), top }, index, events: sender.clone(), charge: Some(charge.clone()) });
     }
     drop(sender);
     let mut all = vec![Vec::new(); prompts.len()];
-    while let Some((index, event)) = events.recv().await {
+    while let Some((index, event)) = term.within(events.recv()).await? {
         match event {
             Event::Scores(scores) => all[index] = scores,
             Event::Failed(error) => return Err(ApiError::engine(&error, "prompt")),
@@ -380,6 +391,10 @@ impl Shape for CompletionShape {
     fn end(&mut self, index: usize, text: &str, reason: FinishReason) -> Bytes {
         let finish_reason = Some(finish_reason(reason));
         self.event(CompletionChoice { index, text: text.to_owned(), logprobs: None, finish_reason })
+    }
+
+    fn reason(&self, _: usize, reason: FinishReason) -> &'static str {
+        finish_reason(reason)
     }
 
     fn usage(&mut self, usage: Usage) -> Option<Bytes> {

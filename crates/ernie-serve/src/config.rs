@@ -3,10 +3,11 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ernie_engine::{DraftOptions, EngineOptions, KvDtype, LoadOptions, WeightDtype};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
-use crate::accounts::database::Database;
+use crate::accounts::database::{Database, without_passwords};
+use crate::cors;
 use crate::error::{Error, Result};
 
 /// What the names of environment variables begin with; the key of the configuration in capitals follows.
@@ -64,8 +65,13 @@ pub struct ServeConfig {
     pub body_timeout_s: u64,
     /// Seconds without a byte taken after which a reader is cut off.
     pub write_timeout_s: u64,
+    /// Seconds that an answer may take, with the time that it waits for its turn.
+    pub answer_timeout_s: u64,
     /// Seconds that a shutdown waits for answers under way.
     pub drain_timeout_s: u64,
+    /// Pages that may use `/v1` from a browser, `https://HOST`, or `*` for all; none besides the server's own if there are none.
+    #[serde(deserialize_with = "list")]
+    pub cors_origins: Vec<String>,
     /// Where keys, usage and the audit log are: `sqlite:PATH`, `sqlite::memory:` or `postgres://…`; a file under the user's data directory if there is none.
     pub database: Option<String>,
     /// What money is counted in; a name for people.
@@ -80,6 +86,10 @@ pub struct ServeConfig {
     pub log_level: LogLevel,
     /// How messages are written.
     pub log_format: LogFormat,
+    /// Whether the log's line about an answer has the prompt and the text too; else neither is ever in it.
+    pub log_prompts: bool,
+    /// The OpenTelemetry collector that takes traces, `http://HOST:PORT`; needs the feature `otel`.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// Form of the weights in memory.
@@ -170,7 +180,9 @@ impl Default for ServeConfig {
             header_timeout_s: 10,
             body_timeout_s: 30,
             write_timeout_s: 30,
+            answer_timeout_s: 3600,
             drain_timeout_s: 30,
+            cors_origins: Vec::new(),
             database: None,
             currency: "USD".to_owned(),
             price_per_million_prompt_tokens: 0.0,
@@ -178,6 +190,8 @@ impl Default for ServeConfig {
             modelled_watts: 65.0,
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
+            log_prompts: false,
+            otlp_endpoint: None,
         }
     }
 }
@@ -192,7 +206,8 @@ impl ServeConfig {
         if let Some(path) = file {
             let refuse = |reason: String| Error::Config { origin: path.display().to_string(), reason };
             let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
-            table = text.parse::<Table>().map_err(|error| refuse(error.to_string()))?;
+            // The message shows the line.
+            table = text.parse::<Table>().map_err(|error| refuse(without_passwords(&error.to_string())))?;
             checked(&table).map_err(refuse)?;
         }
         let defaults =
@@ -241,8 +256,25 @@ impl ServeConfig {
         if let Some(name) = &self.database {
             Database::named(Some(name)).map_err(|error| refuse(error.to_string()))?;
         }
+        for origin in &self.cors_origins {
+            cors::check(origin).map_err(|reason| refuse(format!("cors_origins: {reason}")))?;
+        }
+        if let Some(endpoint) = &self.otlp_endpoint {
+            check_collector(endpoint).map_err(|reason| refuse(format!("otlp_endpoint: {reason}")))?;
+        }
         if !(1..=16).contains(&self.currency.chars().count()) || self.currency.chars().any(char::is_control) {
             return Err(refuse(format!("currency: expected a name of 1 to 16 characters, got {:?}", self.currency)));
+        }
+        let times = [
+            ("header_timeout_s", self.header_timeout_s),
+            ("body_timeout_s", self.body_timeout_s),
+            ("write_timeout_s", self.write_timeout_s),
+            ("answer_timeout_s", self.answer_timeout_s),
+            ("drain_timeout_s", self.drain_timeout_s),
+        ];
+        // Times beyond would be later than any clock shows.
+        if let Some((key, value)) = times.iter().find(|(_, value)| *value > u32::MAX.into()) {
+            return Err(refuse(format!("{key}: expected at most {} seconds, got {value}", u32::MAX)));
         }
         let positive = [
             ("cache_mib", self.cache_mib),
@@ -297,17 +329,50 @@ impl ServeConfig {
         LoadOptions { dtype, threads, kv_dtype }
     }
 
-    /// As a TOML file that gives the same configuration.
+    /// As a TOML file that gives the same configuration, but for the password of the database: `***` stands in its place.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).unwrap_or_else(|error| unreachable!("plain values are TOML: {error}"))
+        let shown = ServeConfig { database: self.database.as_deref().map(without_passwords), ..self.clone() };
+        toml::to_string(&shown).unwrap_or_else(|error| unreachable!("plain values are TOML: {error}"))
     }
+}
+
+/// A list, or one text with commas, as a flag or a variable has it.
+fn list<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a list of texts, or one with commas")]
+    enum Either {
+        Text(String),
+        List(Vec<String>),
+    }
+    Ok(match Either::deserialize(deserializer)? {
+        Either::Text(text) => text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect(),
+        Either::List(list) => list,
+    })
+}
+
+/// Whether traces can go there, and from this program at all.
+fn check_collector(endpoint: &str) -> std::result::Result<(), String> {
+    if !cfg!(feature = "otel") {
+        let how = "cargo build --release -p ernie-cli --features otel";
+        return Err(format!("this program was built without OpenTelemetry; build it with: {how}"));
+    }
+    if endpoint.contains('@') {
+        return Err("expected a URL without credentials; headers for the collector go into OTEL_EXPORTER_OTLP_HEADERS".to_owned());
+    }
+    let url = endpoint.parse::<axum::http::Uri>().ok();
+    let plain =
+        url.is_some_and(|url| url.scheme_str() == Some("http") && url.host().is_some_and(|host| !host.is_empty()) && url.query().is_none());
+    if plain { Ok(()) } else { Err("expected http://HOST:PORT, a collector on this machine or in a network of your own".to_owned()) }
 }
 
 /// The configuration of a table, with the key named if it is at fault.
 fn checked(table: &Table) -> std::result::Result<ServeConfig, String> {
-    serde_path_to_error::deserialize(table.clone()).map_err(|error| match error.path().to_string().as_str() {
-        "." => error.inner().message().to_owned(),
-        path => format!("{path}: {}", error.inner().message()),
+    serde_path_to_error::deserialize(table.clone()).map_err(|error| {
+        let message = without_passwords(error.inner().message());
+        match error.path().to_string().as_str() {
+            "." => message,
+            path => format!("{path}: {message}"),
+        }
     })
 }
 
@@ -349,6 +414,35 @@ mod tests {
     }
 
     #[test]
+    fn a_list_may_be_a_text_with_commas() {
+        let two = ["http://localhost:3000", "https://chat.example"];
+        for text in ["http://localhost:3000,https://chat.example", "[\"http://localhost:3000\", \"https://chat.example\"]"] {
+            assert_eq!(load(None, &[("ERNIE_SERVE_CORS_ORIGINS", text)], "").unwrap().cors_origins, two);
+        }
+        assert_eq!(load(None, &[], &format!("cors_origins = \"{}\"", two.join(", "))).unwrap().cors_origins, two);
+        assert_eq!(load(None, &[], "cors_origins = \"*\"").unwrap().cors_origins, ["*"]);
+    }
+
+    #[test]
+    fn a_collector_needs_the_feature_and_a_plain_url() {
+        let load = |url: &str| load(None, &[("ERNIE_SERVE_OTLP_ENDPOINT", url)], "");
+        if cfg!(feature = "otel") {
+            for url in ["http://localhost:4318", "http://[::1]:4318/", "http://collector/some/v1/traces"] {
+                assert_eq!(load(url).unwrap().otlp_endpoint.as_deref(), Some(url));
+            }
+            for url in ["https://collector:4318", "localhost:4318", "http://", "http:///v1/traces", "grpc://collector:4317", ""] {
+                let error = load(url).unwrap_err().to_string();
+                assert!(error.contains("otlp_endpoint") && error.contains("http://HOST:PORT"), "{url}: {error}");
+            }
+            let error = load("http://me:hidden@collector:4318").unwrap_err().to_string();
+            assert!(error.contains("without credentials") && !error.contains("hidden"), "{error}");
+        } else {
+            let error = load("http://localhost:4318").unwrap_err().to_string();
+            assert!(error.contains("otlp_endpoint") && error.contains("--features otel"), "{error}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_source() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("serve.toml");
@@ -367,7 +461,10 @@ mod tests {
             ("modelled_watts = -1.0", "modelled_watts"),
             ("max_queue = 0", "max_queue"),
             ("cache_mib = 10000000000", "cache_mib"),
+            ("answer_timeout_s = 10000000000", "answer_timeout_s"),
             ("tls_key = \"k\"", "tls_certificate"),
+            ("cors_origins = [\"chat.example\"]", "cors_origins"),
+            ("cors_origins = 5", "cors_origins"),
         ] {
             let error = load(None, &[], flags).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

@@ -1,6 +1,8 @@
 //! A connection whose reader may not fall asleep: bytes that nobody takes for too long end it.
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -14,11 +16,19 @@ pub(crate) struct Timed<S> {
     limit: Duration,
     /// Runs while a write stands still.
     deadline: Option<Pin<Box<Sleep>>>,
+    /// Whether it does, for others.
+    stands: Arc<AtomicBool>,
 }
 
 impl<S: Unpin> Timed<S> {
     pub fn new(stream: S, limit: Duration) -> Self {
-        Timed { stream, limit, deadline: None }
+        Timed { stream, limit, deadline: None, stands: Arc::default() }
+    }
+
+    /// Tells whether a write stands still now.
+    pub fn stands_still(&self) -> impl Fn() -> bool + use<S> {
+        let stands = Arc::clone(&self.stands);
+        move || stands.load(Ordering::Relaxed)
     }
 
     fn watch<T>(
@@ -27,6 +37,7 @@ impl<S: Unpin> Timed<S> {
         write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         let written = write(Pin::new(&mut self.stream), cx);
+        self.stands.store(written.is_pending(), Ordering::Relaxed);
         if written.is_ready() {
             self.deadline = None;
             return written;

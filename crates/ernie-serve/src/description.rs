@@ -52,7 +52,7 @@ use crate::{admin, chat, completions, embeddings, live, request_id, routes, sett
 struct Routes;
 
 /// Every refusal: its status, its name, when it comes.
-const REFUSALS: [(&str, &str, &str); 11] = [
+const REFUSALS: [(&str, &str, &str); 12] = [
     ("400", "BadRequest", "What was sent is at fault; `param` names the field"),
     ("401", "Unauthorized", "No key that is taken was sent"),
     ("402", "PaymentRequired", "The key's money of the month is spent"),
@@ -64,6 +64,7 @@ const REFUSALS: [(&str, &str, &str); 11] = [
     ("429", "TooManyRequests", "The key's minute or its tokens of the month are used up, or the server has as much to do as it can"),
     ("500", "InternalServerError", "The server is at fault"),
     ("503", "ServiceUnavailable", "The server is shutting down, or its database does not answer"),
+    ("504", "GatewayTimeout", "The answer took longer than the configuration allows"),
 ];
 
 /// Streams, with the schema of what their events hold.
@@ -146,7 +147,7 @@ fn refusals(path: &str, operation: &Value, access: Option<Access>) -> Vec<&'stat
     if let Some(Access::Scope(scope)) = access {
         statuses.extend(["401", "429", "503"]);
         if matches!(scope, Scope::Chat | Scope::Completions | Scope::Embeddings | Scope::Tokenize) {
-            statuses.extend(["402", "404", "500"]);
+            statuses.extend(["402", "404", "500", "504"]);
         }
     }
     if !operation["requestBody"].is_null() {

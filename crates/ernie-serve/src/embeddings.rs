@@ -16,6 +16,7 @@ use crate::accounts::Caller;
 use crate::answer::Usage;
 use crate::api_error::ApiError;
 use crate::body::JsonBody;
+use crate::exchange::Notes;
 use crate::fields::{self, Known};
 use crate::numbers::whole;
 use crate::prompt::Prompt;
@@ -115,6 +116,7 @@ async fn wait_for_places(state: &State, count: usize) -> Result<Places, ApiError
 pub async fn embeddings(
     Extract(state): Extract<Shared>,
     Extension(caller): Extension<Caller>,
+    Extension(notes): Extension<Notes>,
     body: JsonBody,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
     fields::check(&body, &Known::of("EmbeddingRequest"))?;
@@ -134,20 +136,21 @@ pub async fn embeddings(
     let part = (state.config.max_queue / 4).max(1);
     let mut places = Some(state.reserve(count.min(part))?);
     let charge = state.accounts.admit(&caller, &state.name, tokens, 0).await?;
-    let mut vectors = vec![None; count];
+    notes.begin("embeddings", &state.name, tokens, || texts.iter().map(|ids| state.tokenizer.decode(ids, false)).collect());
+    let (mut term, mut vectors) = (state.term(&charge), vec![None; count]);
     let mut texts = texts.into_iter().enumerate().peekable();
     while texts.peek().is_some() {
         let of_part: Vec<_> = texts.by_ref().take(part).collect();
         let mut places = match places.take() {
             Some(places) => places,
-            None => wait_for_places(&state, of_part.len()).await?,
+            None => term.within(wait_for_places(&state, of_part.len())).await??,
         };
         let (sender, mut events) = mpsc::channel(of_part.len());
         for (index, prompt) in of_part {
             places.send(Job { task: Task::Embed { prompt }, index, events: sender.clone(), charge: Some(charge.clone()) });
         }
         drop(sender);
-        while let Some((index, event)) = events.recv().await {
+        while let Some((index, event)) = term.within(events.recv()).await? {
             match event {
                 Event::Embedding(values) => vectors[index] = Some(values),
                 Event::Failed(error) => return Err(ApiError::engine(&error, "input")),

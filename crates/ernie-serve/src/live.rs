@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State as Extract;
 use axum::http::header;
@@ -14,6 +15,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use utoipa::ToSchema;
 
+use crate::accounts::Caller;
+use crate::accounts::in_use::InUse;
 use crate::answer::frame;
 use crate::api_error::ApiError;
 use crate::recent::{Amount, Latency, Quantiles};
@@ -107,7 +110,7 @@ pub struct OpenShares {
 #[utoipa::path(get, path = "/v1/live", tag = "operation", responses(
     (status = 200, description = "Server-sent events, each a Live", body = String, content_type = "text/event-stream"),
 ))]
-pub async fn events(Extract(state): Extract<Shared>) -> Result<Response, ApiError> {
+pub async fn events(Extract(state): Extract<Shared>, Extension(caller): Extension<Caller>) -> Result<Response, ApiError> {
     if state.draining.load(Ordering::SeqCst) {
         return Err(ApiError::unavailable("The server is shutting down."));
     }
@@ -116,12 +119,17 @@ pub async fn events(Extract(state): Extract<Shared>) -> Result<Response, ApiErro
         .map_err(|_| ApiError::busy(format!("{MAX_WATCHERS} clients look on; try again later.")))?;
     let mut ticks = interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let watcher = Watcher { state, ticks, experts: Vec::new(), heads: Vec::new(), _permit: permit };
+    let key = caller.0.map(|key| state.accounts.in_use.hold(&key.id));
+    let watcher = Watcher { state, ticks, key, ended: false, experts: Vec::new(), heads: Vec::new(), _permit: permit };
     let frames = futures_util::stream::unfold(watcher, |mut watcher| async move {
         watcher.ticks.tick().await;
         // A shutdown waits for no one who only looks on.
-        let ends = watcher.state.draining.load(Ordering::SeqCst);
-        (!ends).then(|| (Ok::<_, Infallible>(frame(&watcher.look())), watcher))
+        let ends = watcher.ended || watcher.state.draining.load(Ordering::SeqCst);
+        watcher.ended = watcher.key.as_ref().is_some_and(InUse::has_ended);
+        (!ends).then(|| {
+            let frame = if watcher.ended { frame(&ApiError::key_ended().body()) } else { frame(&watcher.look()) };
+            (Ok::<_, Infallible>(frame), watcher)
+        })
     });
     let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
     Ok((headers, Body::from_stream(frames)).into_response())
@@ -131,6 +139,10 @@ pub async fn events(Extract(state): Extract<Shared>) -> Result<Response, ApiErro
 struct Watcher {
     state: Shared,
     ticks: Interval,
+    /// The key that may look on.
+    key: Option<InUse>,
+    /// Whether it was told that the key may not any more.
+    ended: bool,
     experts: Vec<Fading>,
     heads: Vec<Fading>,
     _permit: OwnedSemaphorePermit,

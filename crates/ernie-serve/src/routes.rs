@@ -1,10 +1,8 @@
 //! Which path does what; and what goes around every request: its id, its line in the log, its count.
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State as Extract};
-use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -14,17 +12,19 @@ use utoipa::ToSchema;
 
 use crate::accounts::Caller;
 use crate::accounts::access;
+use crate::accounts::limits::Rate;
 use crate::api_error::ApiError;
 use crate::chat::chat_completions;
 use crate::completions::completions;
 use crate::description::openapi;
 use crate::embeddings::embeddings;
+use crate::exchange::{Asked, Exchange};
 use crate::parameters::Segment;
 use crate::request_id::{self, RequestId};
 use crate::settings::{change_settings, settings};
 use crate::state::{Shared, State};
 use crate::tokens::{detokenize, tokenize};
-use crate::{admin, page};
+use crate::{admin, cors, page};
 
 /// All routes.
 pub fn router(state: Shared) -> Router {
@@ -142,58 +142,75 @@ async fn not_allowed(method: Method, uri: Uri) -> ApiError {
 
 /// Names the request, refuses what a page of another site may have sent, notes the answer.
 async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -> Response {
-    let began = Instant::now();
     let id = RequestId::of(request.headers(), &state);
-    let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
-    // Until the answer's head is there, its reader may leave.
-    let mut asked = Asked { state: Arc::clone(&state), id: id.clone(), method, route, began, status: LEFT };
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let asked = Asked { id: id.clone(), method: request.method().clone(), route };
+    let mut exchange = Exchange::new(&state, asked, &request);
+    let notes = exchange.notes();
+    let (mut head, body) = request.into_parts();
+    let page = cors::Page::of(&state.config.cors_origins, &head);
+    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let of_this_machine = host.is_none_or(is_this_machine);
     let open = state.accounts.is_open().await;
-    let mut response = if !open || of_this_machine {
-        let (mut head, body) = request.into_parts();
-        match access::authorise(&state, open, &head).await {
+    let mut response = if open && !of_this_machine {
+        let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
+        ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
+    } else if let Some(answer) = page.as_ref().and_then(cors::Page::answer) {
+        answer
+    } else {
+        match access::authorise(&state, open, &head, &notes).await {
             Ok(caller) => {
                 head.extensions.insert(id.clone());
                 head.extensions.insert(caller);
+                head.extensions.insert(notes.clone());
                 next.run(Request::from_parts(head, body)).await
             }
             Err(error) => error.into_response(),
         }
-    } else {
-        let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
-        ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
     };
-    asked.status = response.status().as_u16();
-    drop(asked);
+    exchange.answered(response.status().as_u16());
     if let Ok(id) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(request_id::HEADER, id);
     }
-    response
+    if let Some(key) = notes.known_key() {
+        rate_headers(response.headers_mut(), state.accounts.rates(&key));
+    }
+    if let Some(page) = page {
+        page.tell(response.headers_mut());
+    }
+    // Its body may go on for long.
+    response.map(|body| exchange.over(body))
 }
 
-/// What is noted of a request whose reader left before it was answered; nginx's number for that.
-const LEFT: u16 = 499;
-
-/// A request that is noted, answered or not, when this is dropped.
-struct Asked {
-    state: Shared,
-    id: RequestId,
-    method: Method,
-    route: String,
-    began: Instant,
-    status: u16,
+/// How far a key's limits of a minute are used, as OpenAI says it; of those that it has.
+fn rate_headers(headers: &mut HeaderMap, rates: [Option<Rate>; 2]) {
+    const NAMES: [[HeaderName; 3]; 2] = [
+        [
+            HeaderName::from_static("x-ratelimit-limit-requests"),
+            HeaderName::from_static("x-ratelimit-remaining-requests"),
+            HeaderName::from_static("x-ratelimit-reset-requests"),
+        ],
+        [
+            HeaderName::from_static("x-ratelimit-limit-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-tokens"),
+        ],
+    ];
+    for ([limit, remaining, reset], rate) in NAMES.into_iter().zip(rates) {
+        let Some(rate) = rate else { continue };
+        headers.insert(limit, rate.limit.into());
+        headers.insert(remaining, rate.remaining.into());
+        if let Ok(duration) = HeaderValue::from_str(&minutes(rate.reset)) {
+            headers.insert(reset, duration);
+        }
+    }
 }
 
-impl Drop for Asked {
-    fn drop(&mut self) {
-        let Asked { state, id, method, route, began, status } = self;
-        state.metrics.answered(route, *status);
-        let seconds = began.elapsed().as_secs_f64();
-        // Until the head of the answer: a stream goes on.
-        let what = if *status == LEFT { "left unanswered" } else { "answered" };
-        tracing::info!(request_id = %id.0, %method, %route, status, seconds, "{what}");
+/// `1s`, `6m0s`.
+fn minutes(seconds: u64) -> String {
+    match seconds / 60 {
+        0 => format!("{seconds}s"),
+        minutes => format!("{minutes}m{}s", seconds % 60),
     }
 }
 
@@ -208,7 +225,12 @@ fn is_this_machine(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_this_machine;
+    use super::{is_this_machine, minutes};
+
+    #[test]
+    fn durations_as_openai_writes_them() {
+        assert_eq!([0, 1, 59, 60, 61, 360].map(minutes), ["0s", "1s", "59s", "1m0s", "1m1s", "6m0s"]);
+    }
 
     #[test]
     fn names_of_this_machine() {

@@ -1,16 +1,19 @@
 //! The server's life: listening, accepting, draining, ending.
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use axum::Router;
 use ernie_checkpoint::end_of_turn_ids;
 use ernie_engine::Engine;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -23,6 +26,7 @@ use crate::accounts::{self, Accounts};
 use crate::config::ServeConfig;
 use crate::connection::Timed;
 use crate::error::{Error, Result};
+use crate::exchange::UnderWay;
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
 use crate::settings::Settings;
@@ -59,6 +63,8 @@ impl Server {
         };
         let asked = SocketAddr::new(config.host, config.port);
         let listen = |error| Error::Listen { address: asked, error };
+        #[cfg(feature = "otel")]
+        let traces = crate::otel::Traces::start(&config)?;
         let accounts = Accounts::open(&config).await?;
         if !config.host.is_loopback() && !accounts.has_seen_keys() {
             return Err(Error::NotLoopback { host: config.host });
@@ -87,7 +93,11 @@ impl Server {
             worker,
             accounts,
             metrics,
+            #[cfg(feature = "otel")]
+            traces,
             draining: AtomicBool::new(false),
+            closing: watch::channel(false).0,
+            cutting_off: AtomicBool::new(false),
             started: unix_seconds(),
             random: Default::default(),
         });
@@ -110,14 +120,12 @@ impl Server {
     /// None at present.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
         let Server { listener, address, certificates, state, engine } = self;
-        let (closing, closed) = watch::channel(false);
         let mut accepting = Accepting {
             slots: Arc::new(Semaphore::new(connections(state.config.max_connections))),
             router: routes::router(Arc::clone(&state)),
             connections: JoinSet::new(),
             listener,
             certificates,
-            closed,
             state,
         };
         tracing::info!(%address, model = %accepting.state.name, "listening");
@@ -143,17 +151,19 @@ impl Server {
         accepting.until(pin!(drained)).await;
         let Accepting { mut connections, listener, .. } = accepting;
         drop(listener);
-        // Nobody listening is as good.
-        let _ = closing.send(true);
+        state.closing.send_replace(true);
         // What is computed may still have to be read.
         let last = deadline.max(Instant::now() + Duration::from_secs(1));
         if timeout_at(last, async { while connections.join_next().await.is_some() {} }).await.is_err() {
             tracing::warn!(connections = connections.len(), "connections cut off");
+            state.cutting_off.store(true, Ordering::SeqCst);
             connections.abort_all();
             while connections.join_next().await.is_some() {}
         }
         // All requests are over, and so all accounts with the writer.
         state.accounts.flush(FLUSH).await;
+        #[cfg(feature = "otel")]
+        drop(tokio::task::spawn_blocking(move || state.traces.iter().for_each(crate::otel::Traces::flush)).await);
         tracing::info!("stopped");
         Ok(())
     }
@@ -213,7 +223,6 @@ struct Accepting {
     slots: Arc<Semaphore>,
     router: Router,
     connections: JoinSet<()>,
-    closed: watch::Receiver<bool>,
     state: Shared,
 }
 
@@ -231,7 +240,7 @@ impl Accepting {
                 (slot, accepted) = next => match accepted {
                     Ok((stream, _)) => {
                         let certificates = self.certificates.clone();
-                        let connection = serve(stream, certificates, self.router.clone(), self.closed.clone(), Arc::clone(&self.state));
+                        let connection = serve(stream, certificates, self.router.clone(), Arc::clone(&self.state));
                         self.connections.spawn(async move {
                             connection.await;
                             drop(slot);
@@ -248,32 +257,48 @@ impl Accepting {
 }
 
 /// One connection, until its end or the server's.
-async fn serve(stream: TcpStream, certificates: Option<Arc<Certificates>>, router: Router, closed: watch::Receiver<bool>, state: Shared) {
+async fn serve(stream: TcpStream, certificates: Option<Arc<Certificates>>, router: Router, state: Shared) {
     // Pieces of a stream are small and wanted at once; without the option they only come later.
     let _ = stream.set_nodelay(true);
     let stream = Timed::new(stream, Duration::from_secs(state.config.write_timeout_s));
+    let stands_still = stream.stands_still();
     let Some(certificates) = certificates else {
-        return serve_http(stream, router, closed, state).await;
+        return serve_http(stream, stands_still, router, state).await;
     };
     // Who has no head of a request after this time has no greeting either.
     let limit = Duration::from_secs(state.config.header_timeout_s);
-    match timeout(limit, certificates.acceptor().accept(stream)).await {
-        Ok(Ok(stream)) => serve_http(stream, router, closed, state).await,
+    let greeted = tokio::select! {
+        greeted = timeout(limit, certificates.acceptor().accept(stream)) => greeted,
+        () = state.closed() => return,
+    };
+    match greeted {
+        Ok(Ok(stream)) => serve_http(stream, stands_still, router, state).await,
         Ok(Err(error)) => tracing::debug!(%error, "no HTTPS"),
         Err(_) => tracing::debug!("no HTTPS in time"),
     }
 }
 
-/// HTTP on a connection.
-async fn serve_http<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router, mut closed: watch::Receiver<bool>, state: Shared) {
+/// HTTP on a connection. When the server ends, an answer under way is finished, and so are bytes that a reader has not taken yet; a request whose head has not come
+/// whole is none.
+async fn serve_http<S: AsyncRead + AsyncWrite + Unpin>(stream: S, stands_still: impl Fn() -> bool, router: Router, state: Shared) {
+    let under_way = UnderWay::default();
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(under_way.clone());
+        router.call(request)
+    });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(state.config.header_timeout_s));
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = async { drop(closed.wait_for(|closed| *closed).await) } => {
+        () = state.closed() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            poll_fn(|cx| match connection.as_mut().poll(cx) {
+                Poll::Pending if !under_way.is_held() && !stands_still() => Poll::Ready(Ok(())),
+                polled => polled,
+            })
+            .await
         }
     };
     if let Err(error) = ended {
@@ -290,10 +315,10 @@ pub fn check_address(config: &ServeConfig) -> Result<bool> {
     if has_keys || config.host.is_loopback() { Ok(has_keys) } else { Err(Error::NotLoopback { host: config.host }) }
 }
 
-/// Runs a server until Ctrl-C or SIGTERM, in a runtime of its own. `listening` is told where as soon as that is known.
+/// Runs a server until Ctrl-C, SIGTERM or SIGHUP, in a runtime of its own. `listening` is told where as soon as that is known.
 ///
 /// # Errors
-/// As [`Server::bind`]; [`Error::Stopped`] if a second signal came before all was finished.
+/// As [`Server::bind`]; [`Error::Stopped`] if a second Ctrl-C or SIGTERM came before all was finished.
 pub fn serve_until_signal(config: ServeConfig, served: ServedModel, listening: impl FnOnce(SocketAddr)) -> Result<()> {
     // Threads for connections only: they wait most of the time, and the cores are the engine's.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Error::Start)?;
@@ -310,11 +335,11 @@ pub fn serve_until_signal(config: ServeConfig, served: ServedModel, listening: i
         let mut run = pin!(run);
         tokio::select! {
             ended = &mut run => return ended,
-            () = signals.next() => drop(begin),
+            () = signals.any() => drop(begin),
         }
         tokio::select! {
             ended = &mut run => ended,
-            () = signals.next() => {
+            () = signals.insistent() => {
                 stop();
                 accounts.flush(Duration::from_secs(1)).await;
                 Err(Error::Stopped)
@@ -325,12 +350,14 @@ pub fn serve_until_signal(config: ServeConfig, served: ServedModel, listening: i
     outcome
 }
 
-/// Ctrl-C and SIGTERM.
+/// Ctrl-C and SIGTERM, and SIGHUP: a terminal that is closed.
 struct Signals {
     #[cfg(unix)]
     terminate: tokio::signal::unix::Signal,
     #[cfg(unix)]
     interrupt: tokio::signal::unix::Signal,
+    #[cfg(unix)]
+    hangup: Option<tokio::signal::unix::Signal>,
 }
 
 impl Signals {
@@ -339,13 +366,30 @@ impl Signals {
         {
             use tokio::signal::unix::{SignalKind, signal};
             let of = |kind| signal(kind).map_err(Error::Start);
-            Ok(Signals { terminate: of(SignalKind::terminate())?, interrupt: of(SignalKind::interrupt())? })
+            // Who started it with `nohup` wants it to go on.
+            let hangup = if ignores_hangup() { None } else { Some(of(SignalKind::hangup())?) };
+            Ok(Signals { terminate: of(SignalKind::terminate())?, interrupt: of(SignalKind::interrupt())?, hangup })
         }
         #[cfg(not(unix))]
         Ok(Signals {})
     }
 
-    async fn next(&mut self) {
+    /// The next of all three.
+    async fn any(&mut self) {
+        #[cfg(unix)]
+        if let Some(hangup) = &mut self.hangup {
+            tokio::select! {
+                _ = hangup.recv() => {}
+                _ = self.terminate.recv() => {}
+                _ = self.interrupt.recv() => {}
+            }
+            return;
+        }
+        self.insistent().await;
+    }
+
+    /// The next but for SIGHUP, which comes more than once when a terminal is closed, and behind SIGTERM from some service managers.
+    async fn insistent(&mut self) {
         #[cfg(unix)]
         tokio::select! {
             _ = self.terminate.recv() => {}
@@ -357,6 +401,15 @@ impl Signals {
             std::future::pending::<()>().await;
         }
     }
+}
+
+/// Whether this process was started with SIGHUP ignored; where the system does not say, it was not.
+#[cfg(unix)]
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    // The first bit is signal 1.
+    ignored.is_some_and(|signals| signals & 1 == 1)
 }
 
 /// The address as it stands in a URL.

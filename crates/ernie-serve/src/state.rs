@@ -2,13 +2,15 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ernie_checkpoint::{ChatTemplate, Tokenizer};
 use ernie_engine::{Model, SamplingParams};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::accounts::Accounts;
+use crate::accounts::charge::Charge;
+use crate::accounts::in_use::Term;
 use crate::api_error::ApiError;
 use crate::config::ServeConfig;
 use crate::grammar::{Form, GrammarConstraint, Grammars};
@@ -59,8 +61,15 @@ pub struct State {
     pub streams: Arc<Semaphore>,
     /// Those who may look on at `/v1/live`.
     pub watchers: Arc<Semaphore>,
+    /// The way to the collector of traces, if there is one.
+    #[cfg(feature = "otel")]
+    pub traces: Option<crate::otel::Traces>,
     /// Set when the shutdown begins.
     pub draining: AtomicBool,
+    /// Set when all that was asked for in time is computed: what is still being asked is answered no more.
+    pub closing: watch::Sender<bool>,
+    /// Set when it waits no longer for those who read.
+    pub cutting_off: AtomicBool,
     /// When the server started, Unix seconds.
     pub started: u64,
     /// Where random numbers come from: its keys are the system's.
@@ -77,6 +86,11 @@ impl State {
             Some(name) if name != self.name => Err(ApiError::no_model(name)),
             _ => Ok(()),
         }
+    }
+
+    /// How long an answer may go on that begins now.
+    pub fn term(&self, charge: &Charge) -> Term {
+        Term::new(charge.key_in_use(), Duration::from_secs(self.config.answer_timeout_s))
     }
 
     /// Places in the engine's queue.
@@ -126,6 +140,17 @@ impl State {
             return Err(ApiError::field("ignore_eos", message));
         }
         Ok(constraint)
+    }
+
+    /// Waits until the server ends.
+    pub async fn closed(&self) {
+        // Without a sender there is no server either.
+        drop(self.closing.subscribe().wait_for(|closing| *closing).await);
+    }
+
+    /// Whether connections are ended with what they were about.
+    pub fn is_cutting_off(&self) -> bool {
+        self.cutting_off.load(Ordering::SeqCst)
     }
 
     /// 64 bits that nobody can foresee.

@@ -123,7 +123,10 @@ export function liveView() {
           failures = 0;
           signIn.hidden = true;
           say("good", "live.connected");
-          take(JSON.parse(data));
+          const event = JSON.parse(data);
+          // The key is not taken any more; the next attempt says so.
+          if (event.error) break;
+          take(event);
         }
       } catch (error) {
         refused = error;

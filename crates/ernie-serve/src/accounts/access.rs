@@ -8,6 +8,7 @@ use axum::http::{HeaderMap, HeaderName, Method, StatusCode, header};
 use super::Caller;
 use super::keys::Scope;
 use crate::api_error::ApiError;
+use crate::exchange::Notes;
 use crate::state::Shared;
 
 /// What a route needs.
@@ -49,11 +50,11 @@ pub const ROUTES: &[(&str, Access)] = &[
     ("/admin/api/settings", scope(Scope::Admin)),
 ];
 
-/// Lets a request in or not. `open`: there are no keys.
+/// Lets a request in or not. `open`: there are no keys. Whose key it was is noted, let in or not.
 ///
 /// # Errors
 /// 401, 403, 429, or 503 if the database is away.
-pub async fn authorise(state: &Shared, open: bool, request: &Parts) -> Result<Caller, ApiError> {
+pub async fn authorise(state: &Shared, open: bool, request: &Parts, notes: &Notes) -> Result<Caller, ApiError> {
     let route = request.extensions.get::<MatchedPath>().map(MatchedPath::as_str);
     let access = match route {
         Some(route) => Some(ROUTES.iter().find(|(path, _)| *path == route).map(|(_, access)| *access).ok_or_else(ApiError::no_scope)?),
@@ -77,6 +78,7 @@ pub async fn authorise(state: &Shared, open: bool, request: &Parts) -> Result<Ca
         scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
     });
     let key = state.accounts.authenticate(presented.ok_or_else(ApiError::no_valid_key)?).await?;
+    notes.key(&key);
     state.accounts.count_request(&key)?;
     if let Some(Access::Scope(wanted)) = access {
         if !key.allows(wanted) {

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::Accounts;
 use super::calendar::Day;
+use super::in_use::InUse;
 use super::limits::Reservation;
 use super::usage::{Totals, UsageKey};
 use super::writer::Record;
@@ -59,6 +60,12 @@ impl Charge {
     /// The same account, for a job whose prompt another job pays for.
     pub fn answers_only(&self) -> Self {
         Charge { meter: Arc::clone(&self.meter), prompts: false }
+    }
+
+    /// The key that pays, as one in use; `None` without one.
+    pub fn key_in_use(&self) -> Option<InUse> {
+        let Meter { accounts, key_id, .. } = &*self.meter;
+        (!key_id.is_empty()).then(|| accounts.in_use.hold(key_id))
     }
 
     /// The engine takes in a prompt.

@@ -19,7 +19,7 @@ const CONNECTIONS: u32 = 4;
 const MIGRATION_TRIES: usize = 5;
 
 /// Where the accounts are kept.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub enum Database {
     /// A file.
     File(PathBuf),
@@ -112,6 +112,49 @@ impl Database {
 }
 
 /// Without the password.
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A text with `***` for the passwords of the URLs of PostgreSQL in it.
+pub fn without_passwords(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = ["postgres://", "postgresql://"].iter().filter_map(|scheme| Some(rest.find(scheme)? + scheme.len())).min() {
+        let (before, url) = rest.split_at(at);
+        let (url, behind) =
+            url.split_at(url.find(|c: char| c.is_whitespace() || c.is_control() || "\"'`<>".contains(c)).unwrap_or(url.len()));
+        shown.push_str(before);
+        shown.push_str(&without_password(url));
+        rest = behind;
+    }
+    shown + rest
+}
+
+/// What follows `://` of a URL, with `***` for its password, before the host or among the parameters.
+fn without_password(url: &str) -> String {
+    let (before, parameters) = url.split_once('?').map_or((url, None), |(before, parameters)| (before, Some(parameters)));
+    let authority = before.split('/').next().unwrap_or_default();
+    // A slash in a password makes it no URL, but still a password.
+    let end = authority.rfind('@').or_else(|| before.rfind('@'));
+    let mut shown = match end.map(|end| before.split_at(end)) {
+        Some((user, server)) => user.split_once(':').map_or(user.to_owned(), |(name, _)| format!("{name}:***")) + server,
+        None => before.to_owned(),
+    };
+    if let Some(parameters) = parameters {
+        let parameter = |parameter: &str| match parameter.split_once('=') {
+            Some((name, _)) if name.to_ascii_lowercase().contains("pass") => format!("{name}=***"),
+            _ => parameter.to_owned(),
+        };
+        shown.push('?');
+        shown.push_str(&parameters.split('&').map(parameter).collect::<Vec<_>>().join("&"));
+    }
+    shown
+}
+
+/// Without the password.
 impl fmt::Display for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -156,6 +199,24 @@ fn migrations(first: &'static str) -> Migrator {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn passwords_are_left_out() {
+        for (text, shown) in [
+            ("sqlite:///home/a:b@c.db", "sqlite:///home/a:b@c.db"),
+            ("postgres://me:secret@there:5433/accounts", "postgres://me:***@there:5433/accounts"),
+            ("postgresql://me:se:cr@et@there/a?sslmode=disable", "postgresql://me:***@there/a?sslmode=disable"),
+            ("postgres://me@there/a", "postgres://me@there/a"),
+            ("postgres://there/a?user=me&password=secret&x=1", "postgres://there/a?user=me&password=***&x=1"),
+            ("postgres://me:sec/ret@there/a", "postgres://me:***@there/a"),
+            ("postgres://me@there/a@b?options=c@d", "postgres://me@there/a@b?options=c@d"),
+            ("x = 'postgres://a:b@c' and postgresql://d:e@f/g\n", "x = 'postgres://a:***@c' and postgresql://d:***@f/g\n"),
+        ] {
+            assert_eq!(without_passwords(text), shown);
+        }
+        let postgres = Database::named(Some("postgres://me:hidden@there/accounts")).unwrap();
+        assert!(!format!("{postgres:?} {postgres}").contains("hidden"));
+    }
 
     #[test]
     fn names_of_databases() {

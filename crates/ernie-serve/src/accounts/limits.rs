@@ -52,6 +52,15 @@ impl Window {
         Err(Some(SECONDS as u64))
     }
 
+    /// What is used, and seconds until nothing is, if no more is taken.
+    fn state(&mut self, now: u64) -> (u64, u64) {
+        self.advance(now);
+        let used = self.used.iter().fold(0, |sum: u64, used| sum.saturating_add(*used));
+        // Ages of seconds: the youngest that is used leaves last.
+        let youngest = (0..SECONDS as u64).find(|age| self.now >= *age && self.used[(self.now - age) as usize % SECONDS] > 0);
+        (used, youngest.map_or(0, |age| SECONDS as u64 - age))
+    }
+
     /// Gives back a part of what was taken in a second.
     fn give_back(&mut self, second: u64, amount: u64) {
         if self.now.saturating_sub(second) < SECONDS as u64 {
@@ -67,6 +76,17 @@ struct Counters {
     requests: Window,
     tokens: Window,
     reserved: Amount,
+}
+
+/// A limit of a minute, and how far it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// The limit.
+    pub limit: u64,
+    /// What may be used now.
+    pub remaining: u64,
+    /// Seconds until all of it may.
+    pub reset: u64,
 }
 
 /// Tokens and what they cost, in billionths.
@@ -139,6 +159,14 @@ impl Limiter {
         self.with(key_id, |counters, now| counters.requests.take(now, limit, 1)).map_err(|wait| wait.unwrap_or(60))
     }
 
+    /// How far a key's limits of a minute are used, that of requests and that of tokens.
+    pub fn rates(&self, key_id: &str, requests: Option<u64>, tokens: Option<u64>) -> [Option<Rate>; 2] {
+        let rate = |limit: u64, (used, reset): (u64, u64)| Rate { limit, remaining: limit.saturating_sub(used), reset };
+        self.with(key_id, |counters, now| {
+            [requests.map(|limit| rate(limit, counters.requests.state(now))), tokens.map(|limit| rate(limit, counters.tokens.state(now)))]
+        })
+    }
+
     /// Sets aside what a request may use at most. Returns what was set aside for others before it.
     ///
     /// # Errors
@@ -174,10 +202,14 @@ mod tests {
         assert_eq!(window.take(160, 3, 1), Err(Some(1)), "60 seconds are not over before 61 have begun");
         window.take(161, 3, 1).unwrap();
         assert_eq!(window.take(161, 3, 1), Err(Some(10)));
+        assert_eq!(window.state(161), (3, 61));
         window.give_back(110, 1);
+        assert_eq!(window.state(161), (2, 61));
         window.take(161, 3, 1).unwrap();
         window.give_back(100, 50);
         assert_eq!(window.take(161, 3, 1), Err(Some(10)), "what has left the window is not given back");
+        assert_eq!(window.state(221), (2, 1), "those of second 161");
+        assert_eq!(window.state(222), (0, 0));
         window.take(100_000, 3, 3).unwrap();
     }
 

@@ -8,6 +8,7 @@ pub mod calendar;
 pub mod charge;
 pub mod database;
 pub mod energy;
+pub mod in_use;
 pub mod keys;
 pub mod limits;
 pub mod store;
@@ -27,8 +28,9 @@ use calendar::Day;
 use charge::Charge;
 use database::Database;
 use energy::Power;
+use in_use::KeysInUse;
 use keys::{Grant, Key, NewSecret};
-use limits::{Amount, Limiter};
+use limits::{Amount, Limiter, Rate};
 use store::{Store, StoreError};
 use usage::{Actor, Audit, Prices};
 use writer::{Message, Record};
@@ -41,6 +43,8 @@ const TOUCH_EVERY: u64 = 60;
 pub struct Accounts {
     /// The database.
     pub store: Store,
+    /// Those of answers under way.
+    pub in_use: KeysInUse,
     limiter: Arc<Limiter>,
     prices: Prices,
     power: Arc<Power>,
@@ -96,8 +100,9 @@ impl Accounts {
             per_million_completion_tokens: config.price_per_million_completion_tokens,
         };
         let closed = AtomicBool::new(store.has_keys().await?);
-        Ok(Arc::new(Accounts {
+        let accounts = Arc::new(Accounts {
             store,
+            in_use: KeysInUse::default(),
             limiter,
             prices,
             power,
@@ -106,7 +111,16 @@ impl Accounts {
             loopback: config.host.is_loopback(),
             closed,
             changes: Default::default(),
-        }))
+        });
+        let looking = Arc::downgrade(&accounts);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(in_use::LOOK_EVERY).await;
+                let Some(accounts) = looking.upgrade() else { return };
+                accounts.look_at_keys_in_use().await;
+            }
+        });
+        Ok(accounts)
     }
 
     /// Whether requests without a key are let in: there is no key, and only this machine is listened to. Keys that expired or were revoked count: the last one that is
@@ -168,6 +182,18 @@ impl Accounts {
         }
     }
 
+    /// Tells those who use a key that is not valid any more.
+    async fn look_at_keys_in_use(&self) {
+        for id in self.in_use.ids() {
+            match self.store.key(&id).await {
+                Ok(Some((key, _))) if key.is_valid(unix_seconds()) => {}
+                Ok(_) => self.in_use.end(&id),
+                // Nobody knows; requests are refused meanwhile, but what was let in goes on.
+                Err(error) => return tracing::error!(%error, "cannot see whether keys in use are still valid"),
+            }
+        }
+    }
+
     /// Counts a request of a key in its minute.
     ///
     /// # Errors
@@ -179,11 +205,20 @@ impl Accounts {
             .map_err(|wait| ApiError::rate_limited(format!("This key may send {limit} requests a minute; try again in {wait} s."), wait))
     }
 
+    /// How far a key's limits of a minute are used, that of requests and that of tokens.
+    pub fn rates(&self, key: &Key) -> [Option<Rate>; 2] {
+        let limits = key.grant.limits;
+        if limits.requests_per_minute.is_none() && limits.tokens_per_minute.is_none() {
+            return [None; 2];
+        }
+        self.limiter.rates(&key.id, limits.requests_per_minute, limits.tokens_per_minute)
+    }
+
     /// An account for a request that may use so many tokens at most. What it may use is set aside before its budget is looked at, so that requests at the same
     /// time cannot slip under it together.
     ///
     /// # Errors
-    /// 429 or 402 for what is used up; 503 if the database is away.
+    /// 429 or 402 for what is used up; 400 for more than a minute may ever have; 503 if the database is away.
     pub async fn admit(self: &Arc<Self>, caller: &Caller, model: &str, prompt_tokens: usize, most: usize) -> Result<Charge, ApiError> {
         let open = |id, reservation| Charge::new(Arc::clone(self), id, model.to_owned(), reservation);
         let Some(key) = &caller.0 else { return Ok(open(String::new(), None)) };
@@ -199,7 +234,8 @@ impl Accounts {
             let what = format!("This key may use {limit} tokens a minute, and this request up to {tokens}");
             match wait {
                 Some(wait) => ApiError::rate_limited(format!("{what}; try again in {wait} s."), wait),
-                None => ApiError::rate_limited(format!("{what}, which is never possible; ask for fewer tokens."), 60),
+                // Waiting would not help.
+                None => ApiError::too_large_for_limit(format!("{what}: no minute has room for it; ask for fewer tokens.")),
             }
         })?;
         self.fits_budgets(key, amount, others).await?;

@@ -303,5 +303,6 @@ pub async fn revoke(
 ) -> Result<Json<KeyEntry>, ApiError> {
     let key =
         revoke_key(&state.accounts.store, &checked_id(id)?, caller.actor()).await.map_err(|error| away(&error))?.ok_or_else(no_key)?;
+    state.accounts.in_use.end(&key.id);
     Ok(Json(with_month(&state, key).await?))
 }

@@ -16,19 +16,19 @@ use crate::client::{Reply, Running};
 use crate::databases::{self, TestDatabase};
 
 /// A server with a database of its own, and that database as another process has it.
-struct Accounts {
-    server: Running,
+pub struct Accounts {
+    pub server: Running,
     store: Store,
     runtime: tokio::runtime::Runtime,
     _database: TestDatabase,
 }
 
 impl Accounts {
-    fn start(database: TestDatabase) -> Self {
+    pub fn start(database: TestDatabase) -> Self {
         Self::with(database, ServeConfig::default())
     }
 
-    fn with(database: TestDatabase, config: ServeConfig) -> Self {
+    pub fn with(database: TestDatabase, config: ServeConfig) -> Self {
         let server = Running::with(ServeConfig { database: Some(database.name.clone()), ..config });
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let store = runtime.block_on(Database::named(Some(&database.name)).unwrap().open()).unwrap();
@@ -36,25 +36,25 @@ impl Accounts {
     }
 
     /// A key's id and the key.
-    fn key(&self, grant: Grant) -> (String, String) {
+    pub fn key(&self, grant: Grant) -> (String, String) {
         let (key, presented) =
             self.runtime.block_on(create_key(&self.store, grant.checked().unwrap(), Actor::CommandLine("test".into()))).unwrap();
         (key.id, presented)
     }
 
-    fn scoped(&self, scopes: &[Scope]) -> String {
+    pub fn scoped(&self, scopes: &[Scope]) -> String {
         self.key(Grant { scopes: scopes.to_vec(), ..Grant::new("scoped") }).1
     }
 
-    fn limited(&self, limits: Limits) -> String {
+    pub fn limited(&self, limits: Limits) -> String {
         self.key(Grant { limits, ..Grant::new("limited") }).1
     }
 
-    fn revoke(&self, id: &str) {
+    pub fn revoke(&self, id: &str) {
         self.runtime.block_on(revoke_key(&self.store, id, Actor::CommandLine("test".into()))).unwrap().unwrap();
     }
 
-    fn complete(&self, key: &str, max_tokens: usize) -> Reply {
+    pub fn complete(&self, key: &str, max_tokens: usize) -> Reply {
         self.server.with_key(key).post("/v1/completions", &completion(max_tokens))
     }
 
@@ -66,11 +66,11 @@ impl Accounts {
     }
 }
 
-fn completion(max_tokens: usize) -> Value {
+pub fn completion(max_tokens: usize) -> Value {
     json!({"prompt": vec![7; 10], "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0})
 }
 
-fn wait(what: &str, mut condition: impl FnMut() -> bool) {
+pub fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     let began = Instant::now();
     while !condition() {
         assert!(began.elapsed() < Duration::from_secs(60), "{what} did not happen");
@@ -331,31 +331,6 @@ fn a_key_that_another_process_revokes_is_refused_at_once() {
         accounts.revoke(&id);
         accounts.complete(&key, 2).error(401);
     }
-}
-
-#[test]
-fn minutes_have_room_for_their_limits() {
-    let accounts = Accounts::start(databases::file());
-    let key = accounts.limited(Limits { requests_per_minute: Some(3), ..Limits::default() });
-    let statuses: Vec<u16> = (0..4).map(|_| accounts.complete(&key, 1).status).collect();
-    assert_eq!(statuses, [200, 200, 200, 429]);
-    let reply = accounts.server.with_key(&key).get("/v1/models");
-    assert!(reply.error(429).1.contains("3 requests a minute"));
-    let seconds: u64 = reply.headers["retry-after"].to_str().unwrap().parse().unwrap();
-    assert!((1..=61).contains(&seconds), "{seconds}");
-
-    let key = accounts.limited(Limits { tokens_per_minute: Some(100), ..Limits::default() });
-    assert!(accounts.complete(&key, 91).error(429).1.contains("never"));
-    assert_eq!(accounts.complete(&key, 30).status, 200);
-    // It stopped early: what it did not use is given back, so 10 + 2 tokens are taken of it and not 10 + 50.
-    let mut body = completion(50);
-    body["stop_token_ids"] = json!((0..8192).collect::<Vec<u32>>());
-    let reply = accounts.server.with_key(&key).post("/v1/completions", &body);
-    assert_eq!((reply.status, &reply.json()["usage"]["completion_tokens"]), (200, &json!(1)), "{}", reply.text);
-    assert_eq!(accounts.complete(&key, 39).status, 200);
-    accounts.complete(&key, 1).error(429);
-    // Another key is another minute.
-    assert_eq!(accounts.complete(&accounts.limited(Limits { tokens_per_minute: Some(100), ..Limits::default() }), 90).status, 200);
 }
 
 #[test]

@@ -108,6 +108,67 @@ fn a_shutdown_does_not_wait_for_ever() {
 }
 
 #[test]
+fn an_answer_that_takes_too_long_is_cut_off_and_computed_no_further() {
+    let server = Running::with(ServeConfig { max_batch_size: 1, answer_timeout_s: 1, ..ServeConfig::default() });
+    let (streamed, whole) = (long_request(&server, true, 60), long_request(&server, false, 60));
+    let text = read(streamed);
+    assert!(text.contains("\"code\":\"timeout\"") && text.contains("[DONE]"), "{text}");
+    let text = read(whole);
+    assert!(text.starts_with("HTTP/1.1 504 ") && text.contains("the 1 s that"), "{text}");
+    wait("nothing is computed", || server.metric("ernie_requests_running") == 0.0);
+    assert_eq!(server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2})).status, 200);
+}
+
+/// Who has not said what they want when all else is answered is not waited for.
+#[test]
+fn a_shutdown_waits_for_no_request_that_is_not_there() {
+    let limit = 60;
+    let config = ServeConfig { header_timeout_s: limit, body_timeout_s: limit, drain_timeout_s: limit, ..ServeConfig::default() };
+    let mut server = Running::with(config);
+    let running = long_request(&server, true, 1);
+    wait("it is computed", || server.metric("ernie_requests_running") == 1.0);
+    let post = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{";
+    let [nothing, head, body] = ["", "GET /health/live HTTP/1.1\r\nhost: local", post].map(|text| send(&server, text));
+    let mut used = send(&server, "GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    used.read_exact(&mut [0; 12]).unwrap();
+    used.write_all(b"GET /health/li").unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    server.shut_down();
+    let began = Instant::now();
+    // What runs is finished nevertheless.
+    assert!(read(running).contains("[DONE]"));
+    wait("the server ends", || server.has_ended());
+    assert!(began.elapsed() < Duration::from_secs(limit / 2), "{:?}", began.elapsed());
+    assert_eq!(read(nothing) + &read(head), "");
+    assert!(read(body).starts_with("HTTP/1.1 503 "));
+    assert!(!read(used).contains("HTTP/1.1"));
+}
+
+/// A reader who is behind gets what was computed, as long as the drain lasts.
+#[test]
+fn a_shutdown_sends_what_a_slow_reader_has_not_taken() {
+    let mut server = Running::with(ServeConfig { stream_buffer: 100_000, ..ServeConfig::default() });
+    // Megabytes: more than the system takes between us (4 MiB on the server's side, little on this).
+    let body = json!({"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": true, "n": 40, "logprobs": 20}).to_string();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n";
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let connection = runtime.block_on(async {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        socket.connect(server.address).await.unwrap().into_std().unwrap()
+    });
+    connection.set_nonblocking(false).unwrap();
+    connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    write!(&connection, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    wait("it is computed", || server.metric("ernie_requests_finished_total{reason=\"length\"}") == 40.0);
+    server.shut_down();
+    std::thread::sleep(Duration::from_millis(500));
+    let text = read(connection);
+    assert!(text.len() > 5 << 20 && text.ends_with("}}"), "{} bytes", text.len());
+    wait("the server ends", || server.has_ended());
+}
+
+#[test]
 fn slow_heads_and_bodies_are_cut_off() {
     let server = Running::with(ServeConfig { header_timeout_s: 1, body_timeout_s: 1, ..ServeConfig::default() });
     let began = Instant::now();

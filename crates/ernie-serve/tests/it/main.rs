@@ -2,10 +2,14 @@
 mod accounts;
 mod answers;
 mod client;
+mod cors;
 mod databases;
 mod life;
+mod limits;
 mod live;
 mod nano;
+#[cfg(feature = "otel")]
+mod otel;
 mod page;
 mod refusals;
 mod schemas;

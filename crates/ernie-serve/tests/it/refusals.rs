@@ -152,8 +152,20 @@ fn bodies_of_every_wrong_kind() {
     assert_eq!(server.ask("PATCH", id, Some(&json!({}))).error(400).0.as_deref(), Some("id"));
     assert_eq!(server.post(&format!("{id}/revoke"), &json!({})).error(400).0.as_deref(), Some("id"));
     assert_eq!(server.get("/v1/models/nano").json(), server.get("/v1/models").json()["data"][0]);
-    let usual = server.post_bytes("/v1/tokenize", "Application/JSON; charset=utf-8", b"{\"prompt\": \"x\"}");
-    assert_eq!(usual.status, 200, "{}", usual.text);
+    for kind in ["Application/JSON; charset=utf-8", "application/json;charset=\"UTF-8\"", "application/json; x=y; Charset=utf8"] {
+        let usual = server.post_bytes("/v1/tokenize", kind, b"{\"prompt\": \"x\"}");
+        assert_eq!(usual.status, 200, "{}", usual.text);
+    }
+    for kind in ["application/json; charset=utf-16", "application/json; x=y; charset=\"iso-8859-1\"", "application/json;charset="] {
+        assert!(server.post_bytes("/v1/tokenize", kind, b"{\"prompt\": \"x\"}").error(415).1.contains("UTF-8"), "{kind}");
+    }
+    let encoded = |encoding: &str| server.header("content-encoding", encoding).post("/v1/tokenize", &json!({"prompt": "x"}));
+    assert_eq!((encoded("identity").status, encoded("Identity, identity").status), (200, 200));
+    for encoding in ["gzip", "br", "identity, gzip", "x-unknown"] {
+        let refused = encoded(encoding);
+        assert!(refused.error(415).1.contains("content-encoding"), "{encoding}");
+        assert_eq!(refused.json()["error"]["code"], "unsupported_content_encoding");
+    }
 }
 
 #[test]

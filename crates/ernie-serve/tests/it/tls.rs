@@ -88,6 +88,24 @@ fn plain_http_gets_no_answer_where_https_is_spoken() {
 }
 
 #[test]
+fn a_shutdown_waits_for_no_greeting() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = certificate(dir.path());
+    let limit = 60;
+    let mut server = Running::with(ServeConfig { header_timeout_s: limit, drain_timeout_s: limit, ..config(dir.path()) });
+    let silent = std::net::TcpStream::connect(server.address).unwrap();
+    // It was accepted before this one.
+    assert!(get(&server, &root).is_ok());
+    server.shut_down();
+    let began = Instant::now();
+    while !server.has_ended() {
+        assert!(began.elapsed() < Duration::from_secs(limit / 2), "it waits for a connection that says nothing");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(silent);
+}
+
+#[test]
 fn certificates_that_cannot_be_used_are_refused_with_the_file_at_fault() {
     let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     certificate(dir.path());
