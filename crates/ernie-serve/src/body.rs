@@ -1,15 +1,79 @@
 //! Bodies of requests: their size, their time, and what JSON says where.
 use std::marker::PhantomData;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::{Body, HttpBody, to_bytes};
+use axum::body::{Body, Bytes, HttpBody, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
+use hyper::body::{Frame, SizeHint};
 use serde::de::{DeserializeOwned, DeserializeSeed};
 
 use crate::api_error::ApiError;
 use crate::state::Shared;
 use crate::worker::Refused;
+
+/// Bytes of a body that are read although the request is refused, and how long they are waited for: a connection that is closed while some are on their way may
+/// take the answer with it.
+const DISCARDED: usize = 64 << 10;
+const DISCARD_TIME: Duration = Duration::from_millis(500);
+
+/// What nobody has read of a body.
+#[derive(Clone, Debug, Default)]
+pub struct Leftover(Arc<Mutex<Option<Body>>>);
+
+impl Leftover {
+    /// The body, of which this gets what is left when it is dropped.
+    pub fn watch(&self, body: Body) -> Body {
+        Body::new(Watched { body: Some(body), leftover: self.clone() })
+    }
+
+    /// Reads the rest, if it is short and comes soon. To be called when all is answered.
+    pub async fn discard(&self) {
+        let body = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(body) = body.filter(|body| body.size_hint().lower() <= DISCARDED as u64) {
+            drop(tokio::time::timeout(DISCARD_TIME, to_bytes(body, DISCARDED)).await);
+        }
+    }
+}
+
+/// A body that gives back what is not read of it.
+struct Watched {
+    /// None once it has come to its end.
+    body: Option<Body>,
+    leftover: Leftover,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let polled = Pin::new(body).poll_frame(cx);
+        if let Poll::Ready(None | Some(Err(_))) = polled {
+            self.body = None;
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let rest = self.body.take().filter(|body| !body.is_end_stream());
+        *self.leftover.0.lock().unwrap_or_else(PoisonError::into_inner) = rest;
+    }
+}
 
 /// A whole body that says it is JSON. Types are read from it by [`JsonBody::parse`], as many as there are.
 #[derive(Debug)]

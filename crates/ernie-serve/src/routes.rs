@@ -14,6 +14,7 @@ use crate::accounts::Caller;
 use crate::accounts::access;
 use crate::accounts::limits::Rate;
 use crate::api_error::ApiError;
+use crate::body::Leftover;
 use crate::chat::chat_completions;
 use crate::completions::completions;
 use crate::description::openapi;
@@ -148,14 +149,18 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
     let mut exchange = Exchange::new(&state, asked, &request);
     let notes = exchange.notes();
     let (mut head, body) = request.into_parts();
+    let (leftover, waits) = (Leftover::default(), head.headers.contains_key(header::EXPECT));
+    let body = leftover.watch(body);
     let page = cors::Page::of(&state.config.cors_origins, &head);
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let of_this_machine = host.is_none_or(is_this_machine);
     let open = state.accounts.is_open().await;
     let mut response = if open && !of_this_machine {
+        drop(body);
         let message = "Without keys the server answers to names of this machine only: localhost, 127.0.0.1, [::1].";
         ApiError::request(StatusCode::FORBIDDEN, Some("host_not_allowed"), message).into_response()
     } else if let Some(answer) = page.as_ref().and_then(cors::Page::answer) {
+        drop(body);
         answer
     } else {
         match access::authorise(&state, open, &head, &notes).await {
@@ -165,9 +170,16 @@ async fn around(Extract(state): Extract<Shared>, request: Request, next: Next) -
                 head.extensions.insert(notes.clone());
                 next.run(Request::from_parts(head, body)).await
             }
-            Err(error) => error.into_response(),
+            Err(error) => {
+                drop(body);
+                error.into_response()
+            }
         }
     };
+    // Who waits to be told to send a body has not sent it.
+    if !waits {
+        leftover.discard().await;
+    }
     exchange.answered(response.status().as_u16());
     if let Ok(id) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(request_id::HEADER, id);

@@ -1,4 +1,8 @@
 //! What is refused: the right status, OpenAI's shape, the field named.
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
 use ernie_serve::ServeConfig;
 use serde_json::{Value, json};
 
@@ -166,6 +170,38 @@ fn bodies_of_every_wrong_kind() {
         assert!(refused.error(415).1.contains("content-encoding"), "{encoding}");
         assert_eq!(refused.json()["error"]["code"], "unsupported_content_encoding");
     }
+}
+
+/// A body that comes after its answer is certain must not cost the client that answer, nor its connection.
+#[test]
+fn who_is_refused_may_still_be_sending() {
+    let server = Running::start();
+    let mut connection = TcpStream::connect(server.address).unwrap();
+    let mut reader = BufReader::new(connection.try_clone().unwrap());
+    let mut answer = || {
+        let (mut head, mut body) = (String::new(), Vec::new());
+        while !head.ends_with("\r\n\r\n") {
+            assert!(reader.read_line(&mut head).unwrap() > 0, "closed after {head:?}");
+        }
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap().parse().unwrap();
+        body.resize(length, 0);
+        reader.read_exact(&mut body).unwrap();
+        head
+    };
+    for (head, status) in [
+        ("POST /v1/completions HTTP/1.1\r\nhost: elsewhere.example", "403"),
+        ("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/plain", "415"),
+        ("POST /v1/nowhere HTTP/1.1\r\nhost: localhost", "404"),
+        ("POST /v1/models HTTP/1.1\r\nhost: localhost", "405"),
+    ] {
+        write!(connection, "{head}\r\ncontent-length: 5\r\n\r\n").unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        connection.write_all(b"later").unwrap();
+        let answer = answer();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    write!(connection, "GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    assert!(answer().starts_with("HTTP/1.1 200 "));
 }
 
 #[test]
