@@ -239,7 +239,7 @@ fn the_description_is_what_is_served() {
         ("/health/ready", "get", "200 403 503"),
         ("/metrics", "get", "200 401 403 429 503"),
         ("/v1/models/{model}", "get", "200 400 401 403 404 429 503"),
-        ("/v1/chat/completions", "post", "200 400 401 402 403 404 408 413 415 429 500 503"),
+        ("/v1/chat/completions", "post", "200 400 401 402 403 404 408 413 415 429 500 503 504"),
         ("/admin/api/keys", "post", "201 400 401 403 408 413 415 429 503"),
         ("/admin/api/keys/{id}/revoke", "post", "200 400 401 403 404 429 503"),
         ("/admin/api/audit", "get", "200 400 401 403 429 503"),
