@@ -47,6 +47,6 @@ chmod 755 "$folder" "$folder/control"
 
 export ERNIE_TEST_POSTGRES="postgres://ernie@localhost/postgres?host=$folder"
 selection=("${@:---workspace}")
-cargo test --release --locked "${selection[@]}" --test it -- accounts store
+cargo test --release --locked "${selection[@]}" --test it -- accounts store limits cors
 # Alone, for it takes the server away.
 ERNIE_TEST_POSTGRES_CONTROL="$folder/control" cargo test --release --locked "${selection[@]}" --test it -- --ignored postgres_goes_away

@@ -6,7 +6,8 @@
 Starts `ERNIE serve` on a free port and asks it something, undisturbed first, then beside: connections that say nothing (`--idle`), heads of requests that
 come a byte a second (`--slow`), and bodies of every wrong kind (`--bodies`: real requests with pieces cut out, doubled, replaced, and bytes of no meaning).
 Prints how long others waited. Fails (exit status 1) if others are not answered, a slow head is not cut off, a body gets another status than 2xx or 4xx, or an error
-that is not in OpenAI's shape, if the server ends, or if 5% more memory than before the connections stays.
+that is not in OpenAI's shape, if the time that a wrong key takes tells whether there is one of that id (the ranks of times of both kinds differ by more than
+four standard errors), if the server ends, or if 5% more memory than before the connections stays.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def arguments():
     parser.add_argument("--idle", type=int, default=10000)
     parser.add_argument("--slow", type=int, default=200)
     parser.add_argument("--bodies", type=int, default=3000)
+    parser.add_argument("--keys", type=int, default=1000, help="wrong keys of either kind; default: 1000")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -166,6 +168,38 @@ def fuzz(root, count, seed):
     return {"bodies": count, "statuses": dict(sorted(statuses.items())), "faults": faults[:5]}
 
 
+def timed_key(root, key):
+    """Seconds until a key is refused."""
+    request = urllib.request.Request(root + "/v1/models", headers={"authorization": f"Bearer {key}"})
+    began = time.perf_counter()
+    try:
+        urllib.request.urlopen(request, timeout=30)
+        raise RuntimeError("a wrong key was taken")
+    except urllib.error.HTTPError as error:
+        took = time.perf_counter() - began
+        if error.code != 401:
+            raise
+        return took
+
+
+def guessed_keys(ernie, root, database, count, seed):
+    """Whether a wrong secret of an id that exists takes another time than an id that does not exist: Mann and Whitney's test."""
+    made = subprocess.run([ernie, "keys", "--database", database, "--json", "create", "x"], check=True, capture_output=True, text=True)
+    key, draw = json.loads(made.stdout)["key"], random.Random(seed)
+    prefix, id, secret = key.split("_")
+    wrong = lambda length: "".join(draw.choice("0123456789abcdef") for _ in range(length))
+    times = []
+    for _ in range(count):
+        pair = [(True, f"{prefix}_{id}_{wrong(len(secret))}"), (False, f"{prefix}_{wrong(len(id))}_{wrong(len(secret))}")]
+        draw.shuffle(pair)
+        times += [(timed_key(root, key), exists) for exists, key in pair]
+    ranks = [rank for rank, (_, exists) in enumerate(sorted(times), 1) if exists]
+    u = sum(ranks) - count * (count + 1) / 2
+    deviation = (count * count * (2 * count + 1) / 12) ** 0.5
+    median = lambda wanted: statistics.median(took for took, exists in times if exists is wanted)
+    return {"tries": 2 * count, "known_id_median_s": median(True), "unknown_id_median_s": median(False), "standard_errors": (u - count * count / 2) / deviation}
+
+
 def main():
     options = arguments()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -190,6 +224,8 @@ def main():
             result["slow_heads"] = slow(port, root, options.slow)
             time.sleep(3)
             result["after"] = waits(root) | {"resident_kib": resident_kib(server.pid), "before_kib": before}
+            # The first key: from here on all others are refused.
+            result["keys"] = guessed_keys(options.ernie, root, f"sqlite:{folder}/serve.db", options.keys, options.seed)
             result["ended"] = server.poll()
         finally:
             server.terminate()
@@ -200,6 +236,8 @@ def main():
     faults = [f"a body got {fault['status']}" for fault in result["fuzzed"]["faults"]]
     if result["slow_heads"]["left"] or result["slow_heads"]["all_ended_after_s"] > 2 * HEADER_TIMEOUT_S:
         faults.append("slow heads are not cut off")
+    if abs(result["keys"]["standard_errors"]) > 4:
+        faults.append("the time that a wrong key takes tells whether there is one of that id")
     if result["ended"] is not None:
         faults.append(f"the server ended with {result['ended']}")
     if result["after"]["resident_kib"] > 1.05 * before:

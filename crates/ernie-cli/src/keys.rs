@@ -128,6 +128,9 @@ pub fn run(arguments: &KeysArguments) -> anyhow::Result<()> {
             } else {
                 writeln!(out, "{presented}")?;
                 eprintln!("Key {} ({}) is made. It is shown this once: only a hash of it is stored.", key.id, key.grant.name);
+                if key.grant.expires.is_some_and(|end| end <= now()) {
+                    eprintln!("Its end has passed: it is never taken.");
+                }
             }
         }
         Action::List => {

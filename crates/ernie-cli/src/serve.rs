@@ -158,10 +158,14 @@ pub fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         error => error.into(),
     })?;
     let model = ModelArgument::new(config.model.as_deref());
-    let directory = || config.model.as_ref()?.file_name()?.to_str().map(str::to_owned);
+    // `.` and `..` are called what they are.
+    let directory = |path: &PathBuf| {
+        let whole = path.canonicalize().unwrap_or_else(|_| path.clone());
+        whole.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_else(|| "model".to_owned())
+    };
     let options = config.load_options(rayon::current_num_threads());
     let served = ServedModel {
-        name: config.model_name.clone().or_else(directory).unwrap_or_else(|| "nano".to_owned()),
+        name: config.model_name.clone().unwrap_or_else(|| config.model.as_ref().map_or_else(|| "nano".to_owned(), directory)),
         tokenizer: model.tokenizer()?,
         template: model.chat_template()?,
         model: Arc::new(Model::load_with(&model.checkpoint()?, options).with_context(|| format!("cannot load {}", model.name()))?),

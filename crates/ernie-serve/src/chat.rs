@@ -311,7 +311,8 @@ fn prepare(state: &State, request: ChatRequest) -> Result<(Vec<u32>, Wanted, Rea
     let asked = structured.rule()?.filter(|_| !toolbox.as_ref().is_some_and(Toolbox::must));
     let calls = toolbox.as_ref().and_then(|toolbox| toolbox.calls(asked.is_some()));
     let constraint = state.constraint(Form { rule: None, calls, thinks: thoughts == Some(true) }, asked, &params)?;
-    let reading = Reading { thoughts, functions: toolbox.map(|toolbox| toolbox.names()) };
+    let only_calls = toolbox.as_ref().is_some_and(Toolbox::must);
+    let reading = Reading { thoughts, functions: toolbox.map(|toolbox| toolbox.names()), only_calls };
     Ok((ids, Wanted { n, params, logprobs, constraint }, reading))
 }
 

@@ -18,6 +18,7 @@ pub const ENVIRONMENT_PREFIX: &str = "ERNIE_SERVE_";
 #[serde(deny_unknown_fields, default)]
 pub struct ServeConfig {
     /// Address to listen on; without keys only one of this machine's own.
+    #[serde(deserialize_with = "address")]
     pub host: IpAddr,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
@@ -90,6 +91,15 @@ pub struct ServeConfig {
     pub log_prompts: bool,
     /// The OpenTelemetry collector that takes traces, `http://HOST:PORT`; needs the feature `otel`.
     pub otlp_endpoint: Option<String>,
+}
+
+/// An address, or `localhost`.
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<IpAddr, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text == "localhost" {
+        return Ok(IpAddr::from([127, 0, 0, 1]));
+    }
+    text.parse().map_err(|_| serde::de::Error::custom(format!("expected an IP address as 127.0.0.1 or ::1, or localhost, got {text:?}")))
 }
 
 /// Form of the weights in memory.
@@ -462,6 +472,7 @@ mod tests {
             ("max_queue = 0", "max_queue"),
             ("cache_mib = 10000000000", "cache_mib"),
             ("answer_timeout_s = 10000000000", "answer_timeout_s"),
+            ("host = \"example.com\"", "expected an IP address"),
             ("tls_key = \"k\"", "tls_certificate"),
             ("cors_origins = [\"chat.example\"]", "cors_origins"),
             ("cors_origins = 5", "cors_origins"),

@@ -162,6 +162,10 @@ impl Server {
         }
         // All requests are over, and so all accounts with the writer.
         state.accounts.flush(FLUSH).await;
+        // So that the file is whole by itself, without SQLite's log beside it.
+        if timeout(FLUSH, state.accounts.store.close()).await.is_err() {
+            tracing::warn!("the database was not closed in time");
+        }
         #[cfg(feature = "otel")]
         drop(tokio::task::spawn_blocking(move || state.traces.iter().for_each(crate::otel::Traces::flush)).await);
         tracing::info!("stopped");

@@ -38,6 +38,8 @@ pub struct Reading {
     pub thoughts: Option<bool>,
     /// Calls of these functions.
     pub functions: Option<Vec<String>>,
+    /// Nothing but calls can come: a mark that is cut off at the end is no text.
+    pub only_calls: bool,
 }
 
 /// Takes a turn apart.
@@ -51,7 +53,7 @@ impl TurnReader {
     /// For a turn that begins.
     pub fn new(reading: &Reading) -> Self {
         let state = reading.thoughts.map_or(State::Content, |open| State::Start { open });
-        let calls = reading.functions.clone().map(Calls::new);
+        let calls = reading.functions.clone().map(|functions| Calls::new(functions, reading.only_calls));
         TurnReader { thoughts: Thoughts { state, held: String::new() }, calls }
     }
 
@@ -229,6 +231,7 @@ impl Thoughts {
 #[derive(Clone, Debug)]
 struct Calls {
     functions: Vec<String>,
+    only_calls: bool,
     held: String,
     /// Blanks before the call that is being read.
     gap: String,
@@ -239,8 +242,8 @@ struct Calls {
 }
 
 impl Calls {
-    fn new(functions: Vec<String>) -> Self {
-        Calls { functions, held: String::new(), gap: String::new(), after: false, count: 0, call: None }
+    fn new(functions: Vec<String>, only_calls: bool) -> Self {
+        Calls { functions, only_calls, held: String::new(), gap: String::new(), after: false, count: 0, call: None }
     }
 
     fn push(&mut self, text: &str, pieces: &mut Vec<Piece>) {
@@ -289,6 +292,9 @@ impl Calls {
     }
 
     fn finish(&mut self, pieces: &mut Vec<Piece>) {
+        if self.only_calls {
+            return;
+        }
         let held = std::mem::take(&mut self.held);
         pieces.push(Piece::Content(if self.after { held.trim_start().to_owned() } else { held }));
         if let Some(raw) = self.call.take().and_then(CallReader::finish) {

@@ -2,7 +2,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -88,8 +88,13 @@ struct Serving {
 
 impl Serving {
     fn start(database: &str) -> Self {
+        Self::run(command(), database)
+    }
+
+    /// `program`: what runs `ernie` with more arguments.
+    fn run(mut program: Command, database: &str) -> Self {
         let arguments = ["serve", "--port", "0", "--cache-mib", "64", "--threads", "1", "--log-level", "error", "--database", database];
-        let mut child = command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = program.args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.split("http://").nth(1).and_then(|rest| rest.split("/v1").next());
@@ -121,6 +126,59 @@ impl Drop for Serving {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A copy of the file alone is a whole backup of a server that has ended.
+#[test]
+#[cfg(unix)]
+fn a_server_that_has_ended_leaves_one_whole_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = database(folder.path());
+    let (_, key) = create(&database, &["clients"]);
+    let mut serving = Serving::start(&database);
+    assert!(serving.complete(&key, false).unwrap().contains("HTTP/1.1 200"));
+    let end = format!("kill -TERM {}", serving.child.id());
+    assert!(Command::new("sh").args(["-c", &end]).status().unwrap().success());
+    assert!(serving.child.wait().unwrap().success());
+    let files: Vec<_> = std::fs::read_dir(folder.path().join("deep/er")).unwrap().map(|file| file.unwrap().file_name()).collect();
+    assert_eq!(files, ["accounts.db"]);
+    let row = ernie(["usage", "--by", "key", "--json", "--database", &database]).json()["data"][0].clone();
+    assert_eq!((&row["requests"], &row["completion_tokens"]), (&json!(1), &json!(20)));
+}
+
+/// The disk fills under a running server, and then has room again: a limit on the size of files stands for it.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_ends_answers_until_there_is_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = database(folder.path());
+    let (_, key) = create(&database, &["clients"]);
+    let mut shell = Command::new("sh");
+    // Without the signal a write beyond the limit is an error, as on a full disk. The unit is half a KiB.
+    shell.args(["-c", "trap '' XFSZ; ulimit -S -f 400; exec \"$0\" \"$@\""]).arg(command().get_program());
+    let serving = Serving::run(shell, &database);
+    let (mut answered, began) = (0, Instant::now());
+    let refused = loop {
+        let answer = serving.complete(&key, false).unwrap();
+        if !answer.contains("HTTP/1.1 200") {
+            break answer;
+        }
+        answered += 1;
+        assert!(began.elapsed() < Duration::from_secs(100), "{answered} answers are in the books of a full disk");
+    };
+    assert!(refused.contains("HTTP/1.1 503") && refused.contains("accounts_unavailable"), "{refused}");
+    let room = format!("prlimit --pid {} --fsize=unlimited", serving.child.id());
+    assert!(Command::new("sh").args(["-c", &room]).status().unwrap().success());
+    let began = Instant::now();
+    while !serving.complete(&key, false).unwrap().contains("HTTP/1.1 200") {
+        assert!(began.elapsed() < Duration::from_secs(30), "it does not answer again");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let row = ernie(["usage", "--by", "key", "--json", "--database", &database]).json()["data"][0].clone();
+    // The one that was refused because its usage could not be written was computed.
+    let booked = row["requests"].as_u64().unwrap();
+    assert!((answered + 1..=answered + 2).contains(&booked), "{booked} in the books, {answered} answered before");
+    assert_eq!(row["completion_tokens"].as_u64().unwrap(), booked * 20);
 }
 
 /// Every answer that a client has whole is in the books of a server that was killed while it answered others.

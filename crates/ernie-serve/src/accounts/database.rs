@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection, SqlSafeStr};
+use sqlx::{ConnectOptions, Connection, SqlSafeStr};
 
 use super::store::{Place, Store, StoreError};
 
@@ -85,7 +85,14 @@ impl Database {
             Database::Postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(failed)?.application_name("ernie serve");
                 let pool = PgPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
-                Store::Postgres(pool.connect_with(options).await.map_err(failed)?)
+                let connected = pool.connect_with(options.clone()).await;
+                // The pool tries until its patience ends, and then says only that.
+                if let Err(sqlx::Error::PoolTimedOut) = &connected
+                    && let Ok(Err(error)) = tokio::time::timeout(PATIENCE, options.connect()).await
+                {
+                    return Err(failed(error));
+                }
+                Store::Postgres(connected.map_err(failed)?)
             }
         };
         let migrated = |error| StoreError::Migrate { database: self.to_string(), error };

@@ -135,6 +135,11 @@ impl Accounts {
                 false
             }
             Ok(false) => true,
+            // There may be keys in what is there instead.
+            Err(error @ StoreError::Gone { .. }) => {
+                tracing::error!(%error, "cannot see whether there are keys; nobody is let in");
+                false
+            }
             // It could be read when the server started, and there was none.
             Err(error) => {
                 tracing::error!(%error, "cannot see whether there are keys; there were none");

@@ -2,7 +2,7 @@ use super::*;
 
 fn reading(thoughts: Option<bool>, functions: &[&str]) -> Reading {
     let functions = (!functions.is_empty()).then(|| functions.iter().map(|name| (*name).to_owned()).collect());
-    Reading { thoughts, functions }
+    Reading { thoughts, functions, only_calls: false }
 }
 
 fn read<'a>(reading: &Reading, parts: impl IntoIterator<Item = &'a str>) -> Vec<Piece> {
@@ -120,4 +120,13 @@ fn thoughts_then_calls() {
     // Thinking of a call is not calling.
     let text = "<tool_call>{\"name\": \"add\"}</tool_call></think>No.";
     assert_eq!(taken_apart(&both, text), [reasoning("<tool_call>{\"name\": \"add\"}</tool_call>"), content("No.")]);
+}
+
+#[test]
+fn a_mark_that_is_cut_off_is_no_text_where_only_calls_can_come() {
+    let only_calls = Reading { only_calls: true, ..reading(None, &["f"]) };
+    for cut in ["<tool_call", "<tool_call>\n", "<tool_call>\n{\"na"] {
+        assert_eq!(taken_apart(&only_calls, cut), []);
+        assert_eq!(taken_apart(&reading(None, &["f"]), cut), [content(cut)]);
+    }
 }

@@ -105,7 +105,7 @@ const ROUTES: [(&str, &str, Option<Scope>); 21] = [
 
 #[test]
 fn every_route_with_every_key() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     // One key makes all others needed, and the description says so.
     let (_, expired) = accounts.key(Grant { scopes: Scope::ALL.to_vec(), expires: Some(1), ..Grant::new("expired") });
     let document = accounts.server.get("/openapi.json").json();
@@ -176,7 +176,7 @@ fn every_route_with_every_key() {
 
 #[test]
 fn headers_that_are_nearly_right() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     let key = accounts.scoped(&[Scope::Models]);
     let raw = |headers: &str| {
         let mut connection = TcpStream::connect(accounts.server.address).unwrap();
@@ -208,7 +208,7 @@ fn headers_that_are_nearly_right() {
 
 #[test]
 fn without_keys_this_machine_may_do_all_until_there_is_one() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     assert_eq!(accounts.complete("", 2).status, 200, "a key that nobody needs is no harm");
     let session = accounts.server.get("/admin/api/session").json();
     assert_eq!((&session["open"], &session["key"], &session["currency"]), (&json!(true), &Value::Null, &json!("USD")));
@@ -237,7 +237,7 @@ fn without_keys_this_machine_may_do_all_until_there_is_one() {
 
 #[test]
 fn keys_over_the_admin_api() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     let admin = accounts.scoped(&[Scope::Admin]);
     let server = accounts.server.with_key(&admin);
     let made = server.post(
@@ -384,7 +384,7 @@ fn budgets_hold_against_requests_at_the_same_time() {
 /// What was set aside for an answer that nobody waited for is free again, but for what was generated.
 #[test]
 fn a_client_that_leaves_gives_back_its_budget() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     let key = accounts.limited(Limits { tokens_per_month: Some(7300), tokens_per_minute: Some(7300), ..Limits::default() });
     let body = json!({"prompt": vec![7; 10], "max_tokens": 450, "ignore_eos": true, "stream": true, "n": 16}).to_string();
     let mut connection = TcpStream::connect(accounts.server.address).unwrap();
@@ -510,6 +510,24 @@ fn answers_wait_for_the_books_and_come_again_when_those_are_back() {
     assert_eq!((&rows[0]["requests"], &rows[0]["completion_tokens"]), (&json!(3), &json!(15)));
 }
 
+/// There may be keys in a file that took the place of the one that had none.
+#[test]
+#[cfg(unix)]
+fn without_its_database_the_server_is_open_to_nobody() {
+    let database = databases::file();
+    let path = database.name.strip_prefix("sqlite:").unwrap().to_owned();
+    let accounts = Accounts::start(database);
+    assert_eq!(accounts.server.get("/v1/models").status, 200);
+    std::fs::rename(&path, format!("{path}.moved")).unwrap();
+    accounts.server.get("/v1/models").error(401);
+    accounts.server.get("/admin/api/keys").error(401);
+    accounts.server.with_key("ernie_x_y").get("/v1/models").error(503);
+    accounts.server.get("/health/ready").error(503);
+    std::fs::rename(format!("{path}.moved"), &path).unwrap();
+    assert_eq!(accounts.server.get("/v1/models").status, 200);
+    assert_eq!(accounts.server.get("/health/ready").status, 200);
+}
+
 /// The server's database goes away and comes back; the server itself goes on.
 #[test]
 #[ignore = "stops a PostgreSQL server: .ci/postgres.sh runs it"]
@@ -543,7 +561,7 @@ fn postgres_goes_away_and_comes_back() {
 #[test]
 fn addresses_of_others_need_a_key() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let database = databases::file();
+    let database = databases::either();
     let config = ServeConfig { host: "0.0.0.0".parse().unwrap(), database: Some(database.name.clone()), ..ServeConfig::default() };
     let error = ernie_serve::check_address(&config).unwrap_err().to_string();
     assert!(error.contains("0.0.0.0") && error.contains("ernie keys create"), "{error}");

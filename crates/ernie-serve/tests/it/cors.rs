@@ -34,7 +34,7 @@ fn pages_of_other_sites_are_told_nothing_by_default() {
 #[test]
 fn named_pages_may_use_the_api_and_nothing_else() {
     let cors_origins = vec!["http://localhost:3000".to_owned(), ORIGIN.to_owned()];
-    let accounts = Accounts::with(databases::file(), ServeConfig { cors_origins, ..ServeConfig::default() });
+    let accounts = Accounts::with(databases::either(), ServeConfig { cors_origins, ..ServeConfig::default() });
     let (server, key) = (&accounts.server, accounts.scoped(&[Scope::Models, Scope::Completions, Scope::Admin]));
     // A browser asks without a key.
     let reply = preflight(server, "/v1/chat/completions", ORIGIN);

@@ -14,6 +14,11 @@ pub fn file() -> TestDatabase {
     TestDatabase { name: format!("sqlite:{}", folder.path().join("accounts.db").display()), _folder: Some(folder) }
 }
 
+/// PostgreSQL's where there is one, else a file: the same tests are run for either.
+pub fn either() -> TestDatabase {
+    postgres().unwrap_or_else(file)
+}
+
 /// Of each kind that there is.
 pub fn all() -> Vec<TestDatabase> {
     [Some(file()), postgres()].into_iter().flatten().collect()

@@ -13,7 +13,7 @@ use crate::databases;
 
 #[test]
 fn minutes_have_room_for_their_limits() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     let key = accounts.limited(Limits { requests_per_minute: Some(3), ..Limits::default() });
     let statuses: Vec<u16> = (0..4).map(|_| accounts.complete(&key, 1).status).collect();
     assert_eq!(statuses, [200, 200, 200, 429]);
@@ -43,7 +43,7 @@ fn minutes_have_room_for_their_limits() {
 /// What OpenAI's clients read to know when to come again.
 #[test]
 fn answers_say_how_far_the_minute_is_used() {
-    let accounts = Accounts::start(databases::file());
+    let accounts = Accounts::start(databases::either());
     let of = |reply: &Reply, what: &str| {
         let header = |name: &str| reply.headers.get(format!("x-ratelimit-{name}-{what}")).map(|value| value.to_str().unwrap().to_owned());
         (header("limit"), header("remaining"), header("reset"))
