@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
 
 use crate::api_error::ApiError;
 use crate::config::ServeConfig;
@@ -37,6 +38,9 @@ use writer::{Message, Record};
 
 /// A key's last use is written down at most this often, seconds.
 const TOUCH_EVERY: u64 = 60;
+
+/// A key is refused that long after it came, however soon it is known to be wrong: to read a row for an id that somebody has takes microseconds more.
+const REFUSAL: Duration = Duration::from_millis(10);
 
 /// The accounts of a running server.
 #[derive(Debug)]
@@ -167,11 +171,12 @@ impl Accounts {
         self.healthy.load(Ordering::SeqCst)
     }
 
-    /// The key that was presented. Nothing tells apart an id that nobody has, a wrong secret, and a key that expired or was revoked: neither the answer nor the work for it.
+    /// The key that was presented. Nothing tells apart an id that nobody has, a wrong secret, and a key that expired or was revoked: neither the answer nor the time until it comes.
     ///
     /// # Errors
     /// 401; 503 if the database is away.
     pub async fn authenticate(&self, presented: &str) -> Result<Arc<Key>, ApiError> {
+        let began = Instant::now();
         let (id, secret) = keys::split(presented);
         let found = self.store.key(id).await.map_err(|error| away(&error))?;
         let now = unix_seconds();
@@ -183,7 +188,10 @@ impl Accounts {
                 }
                 Ok(Arc::new(key))
             }
-            _ => Err(ApiError::no_valid_key()),
+            _ => {
+                sleep_until(began + REFUSAL).await;
+                Err(ApiError::no_valid_key())
+            }
         }
     }
 
