@@ -74,7 +74,12 @@ source_llama_cpp() {
   "$cache/torch/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest "$folder" \
     "llama-cpp-python==$LLAMA_CPP_PYTHON"
   echo "$LLAMA_CPP_PYTHON_SHA256  $folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" | sha256sum --check
-  tar -xf "$folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" -C "$folder"
+  # Elsewhere first: what was cut off is not taken for the whole.
+  rm -rf "$folder/partial"
+  mkdir "$folder/partial"
+  tar -xf "$folder/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz" -C "$folder/partial"
+  mv "$folder/partial/llama_cpp_python-$LLAMA_CPP_PYTHON" "$folder/"
+  rmdir "$folder/partial"
 }
 build_llama_cpp() {
   local folder=$cache/llama.cpp

@@ -16,13 +16,14 @@ import random
 import resource
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from process import make_key, resident_kib, serving
 
 HEADER_TIMEOUT_S = 10
 ROUTES = {
@@ -51,10 +52,6 @@ def arguments():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
-
-
-def resident_kib(pid):
-    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:"))
 
 
 def ask(root):
@@ -185,8 +182,7 @@ def timed_key(root, key):
 
 def guessed_keys(ernie, root, database, count, seed):
     """Whether a wrong secret of an id that exists takes another time than an id that does not exist: Mann and Whitney's test."""
-    made = subprocess.run([ernie, "keys", "--database", database, "--json", "create", "x"], check=True, capture_output=True, text=True)
-    key, draw = json.loads(made.stdout)["key"], random.Random(seed)
+    draw, (key, _) = random.Random(seed), make_key(ernie, database)
     prefix, id, secret = key.split("_")
     wrong = lambda length: "".join(draw.choice("0123456789abcdef") for _ in range(length))
     times = []
@@ -203,35 +199,22 @@ def guessed_keys(ernie, root, database, count, seed):
 
 def main():
     options = arguments()
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        command = [options.ernie, "serve", "--port", str(port), "--database", f"sqlite:{folder}/serve.db", "--log-level", "error", "--cache-mib", "64"]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        root = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(root + "/health/ready", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        database = f"sqlite:{folder}/serve.db"
+        with serving(options.ernie, database, "--cache-mib", "64") as (server, root):
+            port = int(root.rsplit(":", 1)[1])
             result = {"undisturbed": waits(root)}
             result["fuzzed"] = fuzz(root, options.bodies, options.seed)
             result["idle"] = idle(port, root, options.idle)
             result["slow_heads"] = slow(port, root, options.slow)
             # What the allocator keeps of the first time is there for the second.
-            before = resident_kib(server.pid)
+            before = resident_kib(server)
             result["idle_again"] = idle(port, root, options.idle)
             time.sleep(3)
-            result["after"] = waits(root) | {"resident_kib": resident_kib(server.pid), "before_kib": before}
+            result["after"] = waits(root) | {"resident_kib": resident_kib(server), "before_kib": before}
             # The first key: from here on all others are refused.
-            result["keys"] = guessed_keys(options.ernie, root, f"sqlite:{folder}/serve.db", options.keys, options.seed)
+            result["keys"] = guessed_keys(options.ernie, root, database, options.keys, options.seed)
             result["ended"] = server.poll()
-        finally:
-            server.terminate()
-            server.wait(60)
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

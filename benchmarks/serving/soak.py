@@ -11,9 +11,7 @@ the usage of the key are not those that the server's own counters have, to the u
 import argparse
 import asyncio
 import json
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ import urllib.request
 from pathlib import Path
 
 import traffic
+from process import make_key, resident_kib, serving
 
 
 def arguments():
@@ -35,13 +34,6 @@ def arguments():
     return parser.parse_args()
 
 
-def resident_kib(pid):
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise RuntimeError("no VmRSS")
-
-
 def get(url, key):
     request = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"})
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -54,36 +46,15 @@ def metric(page, name):
     return sum(values)
 
 
-def make_key(options, database, *scopes):
-    command = [options.ernie, "keys", "--database", database, "--json", "create", "-".join(scopes) or "all"]
-    command += ["--scopes", ",".join(scopes)] if scopes else []
-    made = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return made["key"], made["id"]
-
-
 async def main():
     options = arguments()
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
         database = f"sqlite:{folder}/serve.db"
-        key, id = make_key(options, database)
-        admin, _ = make_key(options, database, "admin")
-        command = [options.ernie, "serve", "--port", str(port), "--database", database, "--log-level", "error", "--cache-mib", str(options.cache_mib)]
-        server = subprocess.Popen(command + (["--model", options.model] if options.model else []), stdout=subprocess.DEVNULL)
-        root = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(root + "/health/ready", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(0.1)
+        key, id = make_key(options.ernie, database)
+        admin, _ = make_key(options.ernie, database, "admin")
+        model = ["--model", options.model] if options.model else []
+        with serving(options.ernie, database, "--cache-mib", str(options.cache_mib), *model) as (server, root):
             return await soak(options, server, root, key, id, admin)
-        finally:
-            server.terminate()
-            server.wait(60)
 
 
 async def soak(options, server, root, key, id, admin):
@@ -98,7 +69,7 @@ async def soak(options, server, root, key, id, admin):
 
     async def watch():
         while True:
-            samples.append((time.monotonic() - began, resident_kib(server.pid)))
+            samples.append((time.monotonic() - began, resident_kib(server)))
             await asyncio.sleep(max(1.0, duration / 200))
 
     watching = asyncio.create_task(watch())
