@@ -35,6 +35,8 @@ fn keys_are_shown_once_listed_and_revoked() {
     let shown = shown.trim();
     assert!(shown.starts_with("ernie_") && shown.len() == 6 + 16 + 1 + 64, "{shown}");
     let (id, key) = create(&database, &["other", "--expires", "2020-01-01", "--money-per-month", "2.5", "--models", "nano"]);
+    let late = keys(&format!("{database}.other"), &["create", "late", "--expires", "2020-01-01"]);
+    assert!(late.stderr.contains("never taken"), "{}", late.stderr);
     let list = keys(&database, &["list"]).ok();
     for part in ["team 甲", "chat,models", "5000 tokens/month", "until ", &id, "expired 2020-01-01", "2.5/month", "nano"] {
         assert!(list.contains(part), "no {part} in {list}");

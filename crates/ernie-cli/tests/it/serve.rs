@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::program::{command, ernie};
+use crate::tiny_model;
 
 /// A server on a free port.
 struct Serving {
@@ -214,4 +215,19 @@ fn passwords_are_not_printed() {
         let failed = ernie(["serve".as_ref(), "--config".as_ref(), file.as_os_str()]).fails(2, &["serve.toml"]);
         assert!(!failed.stderr.contains("hidden"), "{}", failed.stderr);
     }
+}
+
+/// What clients call a model, and the books, is its directory's name however that was given.
+#[test]
+fn a_model_is_called_by_its_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("tiny");
+    std::fs::create_dir(&directory).unwrap();
+    tiny_model::write(&directory);
+    let arguments = ["serve", "--port", "0", "--cache-mib", "64", "--threads", "1", "--database", "sqlite::memory:", "--model", "."];
+    let serving = Serving::of(command().current_dir(&directory).args(arguments));
+    let reply = serving.post("/v1/completions", &json!({"prompt": [5, 6], "max_tokens": 1}));
+    assert_eq!(reply["model"], "tiny", "{reply}");
+    serving.signal("-TERM");
+    assert_eq!(serving.end().0, Some(0));
 }
