@@ -85,9 +85,22 @@ pub(crate) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize
 pub(crate) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: usize) {
     assert!(out.len() == W * k && rows.iter().all(|row| row.is_empty() || row.len() == k));
     // Columns that whole registers take.
-    let done = if isa() == Isa::Avx512 { k - k % 16 } else { 0 };
+    let done = match isa() {
+        Isa::Avx512 => k - k % 16,
+        Isa::Avx2 if W.is_multiple_of(4) => k - k % 8,
+        _ => 0,
+    };
     #[cfg(target_arch = "x86_64")]
-    if done > 0 {
+    if done > 0 && isa() == Isa::Avx2 {
+        for r in (0..W).step_by(8) {
+            let height = (W - r).min(8);
+            for l in (0..done).step_by(8) {
+                // SAFETY: `isa` has found AVX2; columns l..l+8 lie inside each row that is not empty, and the rows of `out` they become
+                // (W·l + r … + height, four or eight elements) inside `out`.
+                unsafe { transpose8(out.as_mut_ptr().add(l * W + r), W, &rows[r..r + height], l) };
+            }
+        }
+    } else if done > 0 {
         for r in (0..W).step_by(16) {
             let height = (W - r).min(16);
             for l in (0..done).step_by(16) {
@@ -100,6 +113,43 @@ pub(crate) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: 
     for l in done..k {
         for (out, row) in out[l * W..][..W].iter_mut().zip(rows) {
             *out = if row.is_empty() { 0.0 } else { row[l] };
+        }
+    }
+}
+
+/// `out[i * stride + r]` = `rows[r][from + i]` for i < 8 and four or eight rows.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn transpose8(out: *mut f32, stride: usize, rows: &[&[f32]], from: usize) {
+    use std::arch::x86_64::*;
+    let mut x = [_mm256_setzero_ps(); 8];
+    for (x, row) in x.iter_mut().zip(rows) {
+        if !row.is_empty() {
+            // SAFETY: the caller's rows hold from..from+8.
+            *x = unsafe { _mm256_loadu_ps(row.as_ptr().add(from)) };
+        }
+    }
+    // Pairs of rows, then pairs of pairs inside each half, then the halves.
+    let mut y = [_mm256_setzero_ps(); 8];
+    for i in 0..4 {
+        y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+    for i in 0..2 {
+        let (a, b, c, d) = (y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+        x[4 * i] = _mm256_shuffle_ps::<0x44>(a, c);
+        x[4 * i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+        x[4 * i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+        x[4 * i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+    }
+    for i in 0..4 {
+        let columns = [_mm256_permute2f128_ps::<0x20>(x[i], x[4 + i]), _mm256_permute2f128_ps::<0x31>(x[i], x[4 + i])];
+        for (half, column) in columns.into_iter().enumerate() {
+            // SAFETY: row 4·half + i of the result, as many elements as there are rows.
+            unsafe {
+                let place = out.add((4 * half + i) * stride);
+                if rows.len() == 8 { _mm256_storeu_ps(place, column) } else { _mm_storeu_ps(place, _mm256_castps256_ps128(column)) };
+            }
         }
     }
 }

@@ -35,6 +35,18 @@ pub fn tile<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>
         // SAFETY: `isa` has found AVX-512; the assertion above keeps every load of a and b inside, and c is a view of its own elements.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { avx512::<M, RS, CS>(c, a, b, k, update) },
+        // SAFETY: as above, for AVX2; parts of H rows begin at multiples of H, which divides M.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 if M.is_multiple_of(6) => unsafe { avx2::<6, M, RS, CS>(c, a, b, k, update) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 if M.is_multiple_of(4) => unsafe { avx2::<4, M, RS, CS>(c, a, b, k, update) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 if M.is_multiple_of(2) => unsafe { avx2::<2, M, RS, CS>(c, a, b, k, update) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::<1, M, RS, CS>(c, a, b, k, update) },
         _ => narrow::<M, RS, CS>(c, a, b, k, update),
     }
 }
@@ -84,13 +96,97 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMu
     }
 }
 
+/// The tile by parts of `H` x 16, of two registers for each row: at six rows twelve sums, and of the sixteen registers there is room for b and an element of a.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2<const H: usize, const M: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    update: Update,
+) {
+    let (rows, cols, _) = c.layout();
+    for col in (0..cols).step_by(16) {
+        for row in (0..rows).step_by(H) {
+            let mut part = c.block(row..(row + H).min(rows), col..(col + 16).min(cols));
+            // SAFETY: by the caller; rows row..row + H of a are below M, for H divides it.
+            unsafe { avx2_part::<H, RS, CS>(&mut part, a.as_ptr().wrapping_add(row * RS), b.as_ptr().wrapping_add(col), k, update) };
+        }
+    }
+}
+
+/// # Safety
+/// The features; a and b must be as [`tile`] asserts it, from the part's first row and column on.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_part<const H: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    mut a: *const f32,
+    mut b: *const f32,
+    k: usize,
+    update: Update,
+) {
+    use std::arch::x86_64::*;
+    let (rows, cols, stride) = c.layout();
+    let c = c.as_mut_ptr();
+    let mut sums = [[_mm256_setzero_ps(); 2]; H];
+    for i in 0..rows {
+        // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * stride).cast()) };
+    }
+    for _ in 0..k {
+        // SAFETY: step l reads b[l·COLS..][..16] and a[i·RS + l·CS], which the caller vouches for.
+        unsafe {
+            let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
+            for i in 0..H {
+                let x = _mm256_broadcast_ss(&*a.add(i * RS));
+                sums[i][0] = _mm256_fmadd_ps(x, b0, sums[i][0]);
+                sums[i][1] = _mm256_fmadd_ps(x, b1, sums[i][1]);
+            }
+        }
+        b = b.wrapping_add(COLS);
+        a = a.wrapping_add(CS);
+    }
+    for i in 0..H {
+        if i >= rows {
+            break;
+        }
+        let place = c.wrapping_add(i * stride);
+        if cols < 16 {
+            let mut row = [0.0f32; 16];
+            // SAFETY: sixteen elements of `row`; and of row i < rows of c the first `cols`.
+            unsafe {
+                _mm256_storeu_ps(row.as_mut_ptr(), sums[i][0]);
+                _mm256_storeu_ps(row.as_mut_ptr().add(8), sums[i][1]);
+                for (j, sum) in row.iter().enumerate().take(cols) {
+                    *place.add(j) = if update == Update::Add { *sum + *place.add(j) } else { *sum };
+                }
+            }
+            continue;
+        }
+        for half in 0..2 {
+            // SAFETY: row i < rows of c, which has sixteen columns.
+            unsafe {
+                let place = place.add(8 * half);
+                let sum = match update {
+                    Update::Set => sums[i][half],
+                    Update::Add => _mm256_add_ps(sums[i][half], _mm256_loadu_ps(place)),
+                };
+                _mm256_storeu_ps(place, sum);
+            }
+        }
+    }
+}
+
 /// The lowest `n` bits, up to 16.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn mask16(n: usize) -> u16 {
     if n >= 16 { u16::MAX } else { (1 << n) - 1 }
 }
 
-/// The tile by parts of 4 x 16 (eight registers of AVX2, sixteen of NEON).
+/// The tile by parts of 4 x 16, sixteen registers of NEON.
 fn narrow<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
     let (rows, cols, _) = c.layout();
     for row in (0..rows).step_by(4) {

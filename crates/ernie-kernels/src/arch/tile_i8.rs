@@ -20,6 +20,11 @@ pub fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update) {
         // SAFETY: the features were asked for; the assertions above keep every load inside, and c is a view of its own elements.
         return unsafe { vnni(c, a, b, words, update) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa() >= Isa::Avx2 && words <= MAX_WORDS {
+        // SAFETY: as above.
+        return unsafe { avx2(c, a, b, words, update) };
+    }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (isa(), Isa::Portable);
     narrow(c, a, b, words, update);
@@ -81,6 +86,95 @@ unsafe fn vnni(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
     }
 }
 
+/// Words of a block, at most.
+#[cfg(target_arch = "x86_64")]
+const MAX_WORDS: usize = super::quantised::BLOCK / 4;
+
+/// The tile by parts of 6 x 16 for processors without a product of bytes: bytes are widened to 16 bits, whose products of pairs cannot overflow. That has
+/// half as many products in an instruction as 8 bits, and twice as many as single precision.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
+    use std::arch::x86_64::*;
+    let (rows, cols, _) = c.layout();
+    // Of each word of a, bytes 0 and 2 and bytes 1 and 3 as pairs of 16 bits.
+    let mut pairs = [[0i32; ROWS * MAX_WORDS]; 2];
+    for at in (0..words * ROWS).step_by(4) {
+        // SAFETY: `ROWS` is a multiple of four, so the four words from `at` on lie inside the panel and inside both halves of `pairs`.
+        unsafe {
+            let x = _mm_loadu_si128(a.bytes.as_ptr().add(4 * at).cast());
+            _mm_storeu_si128(pairs[0].as_mut_ptr().add(at).cast(), _mm_srai_epi16::<8>(_mm_slli_epi16::<8>(x)));
+            _mm_storeu_si128(pairs[1].as_mut_ptr().add(at).cast(), _mm_srai_epi16::<8>(x));
+        }
+    }
+    for col in (0..cols).step_by(16) {
+        for row in (0..rows).step_by(HEIGHT) {
+            let mut sums = [[0i32; 16]; HEIGHT];
+            // SAFETY: parts of six rows and sixteen columns of the two panels, whose lengths `tile` asserts.
+            unsafe {
+                let even_odd = [pairs[0].as_ptr().add(row), pairs[1].as_ptr().add(row)];
+                avx2_part(&mut sums, even_odd, b.bytes.as_ptr().add(4 * col), words);
+            }
+            for (i, sums) in sums.iter_mut().enumerate().take(rows - row) {
+                for sum in sums.iter_mut() {
+                    // b holds q + 128: the sums have 128·Σ q_a too much.
+                    *sum -= a.sums[row + i] * 128;
+                }
+                scaled(&mut c.row_mut(row + i)[col..(col + 16).min(cols)], sums, a.scales[row + i], &b.scales[col..], update);
+            }
+        }
+    }
+}
+
+/// Rows of a part.
+#[cfg(target_arch = "x86_64")]
+const HEIGHT: usize = 6;
+
+/// # Safety
+/// The features; `pairs` must hold `words` rows of [`ROWS`] pairs each and b as many of [`COLS`] words, from the part's first row and column on.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_part(out: &mut [[i32; 16]; HEIGHT], mut pairs: [*const i32; 2], mut b: *const u8, words: usize) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm256_setzero_si256(); 2]; HEIGHT];
+    for _ in 0..words {
+        // SAFETY: by the caller.
+        unsafe {
+            let (b0, b1) = (_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(32).cast()));
+            let even = _mm256_set1_epi16(0xff);
+            let halves = [
+                [_mm256_and_si256(b0, even), _mm256_and_si256(b1, even)],
+                [_mm256_srli_epi16::<8>(b0), _mm256_srli_epi16::<8>(b1)],
+            ];
+            for half in 0..2 {
+                for i in 0..HEIGHT {
+                    let x = _mm256_set1_epi32(*pairs[half].add(i));
+                    sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(x, halves[half][0]));
+                    sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(x, halves[half][1]));
+                }
+            }
+        }
+        b = b.wrapping_add(4 * COLS);
+        pairs = pairs.map(|pairs| pairs.wrapping_add(ROWS));
+    }
+    for i in 0..HEIGHT {
+        for half in 0..2 {
+            // SAFETY: sixteen sums of each row.
+            unsafe { _mm256_storeu_si256(out[i].as_mut_ptr().add(8 * half).cast(), sums[i][half]) };
+        }
+    }
+}
+
+/// c = or += sums · scale · scales.
+#[inline(always)]
+fn scaled(c: &mut [f32], sums: &[i32; 16], scale: f32, scales: &[f32], update: Update) {
+    for ((c, sum), b) in c.iter_mut().zip(sums).zip(scales) {
+        let sum = *sum as f32 * (scale * b);
+        *c = if update == Update::Set { sum } else { *c + sum };
+    }
+}
+
 /// The tile by parts of 4 x 16.
 fn narrow(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
     let (rows, cols, _) = c.layout();
@@ -89,11 +183,7 @@ fn narrow(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: 
             let mut sums = [[0; 16]; 4];
             part(&mut sums, &a.bytes[4 * row..], &b.bytes[4 * col..], words);
             for (i, sums) in sums.iter().enumerate().take(rows - row) {
-                let (scale, width) = (a.scales[row + i], (cols - col).min(16));
-                for ((c, sum), b) in c.row_mut(row + i)[col..][..width].iter_mut().zip(sums).zip(&b.scales[col..]) {
-                    let sum = *sum as f32 * (scale * b);
-                    *c = if update == Update::Set { sum } else { *c + sum };
-                }
+                scaled(&mut c.row_mut(row + i)[col..(col + 16).min(cols)], sums, a.scales[row + i], &b.scales[col..], update);
             }
         }
     }
