@@ -190,79 +190,169 @@ mod avx512 {
     }
 }
 
-/// The tile for 256-bit registers: each panel is two of them. `$dot` adds four products of unsigned weights and signed tokens to each lane.
+/// The tile for 256-bit registers: each panel is two of them.
 #[cfg(target_arch = "x86_64")]
-macro_rules! tile_256 {
-    ($name:ident, $features:literal, $dot:expr) => {
-        mod $name {
-            use super::{PANEL, Tokens};
-            use std::arch::x86_64::*;
+mod avx_vnni {
+    use super::{PANEL, Tokens};
+    use std::arch::x86_64::*;
 
-            /// # Safety
-            /// The features; sizes as [`super::tile`] asserts them.
-            #[target_feature(enable = $features)]
-            pub unsafe fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize) {
-                // Sixteen registers: tiles of up to four tokens, one panel at a time.
-                let width = panels * PANEL;
-                for panel in 0..panels {
-                    for first in (0..x.count).step_by(4) {
-                        let count = (x.count - first).min(4);
-                        let part = Tokens { bytes: &x.bytes[first * x.stride..], stride: x.stride, count };
-                        let (out, weights) = (&mut sums[first * width + panel * PANEL..], &weights[panel * words * 4 * PANEL..]);
-                        // SAFETY: by the caller, for this part.
-                        unsafe {
-                            match count {
-                                1 => run::<1>(out, width, part, weights, words),
-                                2 => run::<2>(out, width, part, weights, words),
-                                3 => run::<3>(out, width, part, weights, words),
-                                _ => run::<4>(out, width, part, weights, words),
-                            }
-                        }
-                    }
-                }
-            }
-
-            #[inline]
-            #[target_feature(enable = $features)]
-            unsafe fn run<const T: usize>(out: &mut [i32], width: usize, x: Tokens<'_>, weights: &[u8], words: usize) {
-                let mut sums = [[_mm256_setzero_si256(); 2]; T];
-                for l in 0..words {
-                    // SAFETY: word l of the panel and of T rows.
-                    unsafe {
-                        let w = weights.as_ptr().add(l * 4 * PANEL);
-                        let ws = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
-                        for t in 0..T {
-                            let x = _mm256_set1_epi32(x.bytes.as_ptr().add(t * x.stride + 4 * l).cast::<i32>().read_unaligned());
-                            for half in 0..2 {
-                                sums[t][half] = $dot(sums[t][half], ws[half], x);
-                            }
-                        }
-                    }
-                }
-                for t in 0..T {
-                    for half in 0..2 {
-                        // SAFETY: rows of `out` are `width` apart and hold a panel each, by the caller.
-                        unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(t * width + half * 8).cast(), sums[t][half]) };
+    /// # Safety
+    /// The features; sizes as [`super::tile`] asserts them.
+    #[target_feature(enable = "avx2,fma,avxvnni")]
+    pub unsafe fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize) {
+        // Sixteen registers: tiles of up to four tokens, one panel at a time.
+        let width = panels * PANEL;
+        for panel in 0..panels {
+            for first in (0..x.count).step_by(4) {
+                let count = (x.count - first).min(4);
+                let part = Tokens { bytes: &x.bytes[first * x.stride..], stride: x.stride, count };
+                let (out, weights) = (&mut sums[first * width + panel * PANEL..], &weights[panel * words * 4 * PANEL..]);
+                // SAFETY: by the caller, for this part.
+                unsafe {
+                    match count {
+                        1 => run::<1>(out, width, part, weights, words),
+                        2 => run::<2>(out, width, part, weights, words),
+                        3 => run::<3>(out, width, part, weights, words),
+                        _ => run::<4>(out, width, part, weights, words),
                     }
                 }
             }
         }
-    };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,avxvnni")]
+    unsafe fn run<const T: usize>(out: &mut [i32], width: usize, x: Tokens<'_>, weights: &[u8], words: usize) {
+        let mut sums = [[_mm256_setzero_si256(); 2]; T];
+        for l in 0..words {
+            // SAFETY: word l of the panel and of T rows.
+            unsafe {
+                let w = weights.as_ptr().add(l * 4 * PANEL);
+                let ws = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
+                for t in 0..T {
+                    let x = _mm256_set1_epi32(x.bytes.as_ptr().add(t * x.stride + 4 * l).cast::<i32>().read_unaligned());
+                    for half in 0..2 {
+                        sums[t][half] = _mm256_dpbusd_avx_epi32(sums[t][half], ws[half], x);
+                    }
+                }
+            }
+        }
+        for t in 0..T {
+            for half in 0..2 {
+                // SAFETY: rows of `out` are `width` apart and hold a panel each, by the caller.
+                unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(t * width + half * 8).cast(), sums[t][half]) };
+            }
+        }
+    }
 }
 
+/// Bytes are widened to pairs of 16 bits, whose products cannot overflow, as in [`super::tile_i8`]: bytes 0 and 2 of a word, then bytes 1 and 3.
 #[cfg(target_arch = "x86_64")]
-tile_256!(avx_vnni, "avx2,fma,avxvnni", _mm256_dpbusd_avx_epi32);
+mod avx2 {
+    use super::{PANEL, TOKENS, Tokens};
+    use std::arch::x86_64::*;
+    use std::mem::MaybeUninit;
 
-#[cfg(target_arch = "x86_64")]
-tile_256!(avx2, "avx2,fma", |sums, w, x| {
-    // Pairs of unsigned by signed products would overflow sixteen bits, so both are widened first: exact.
-    let (w_low, w_high) = (_mm256_unpacklo_epi8(w, _mm256_setzero_si256()), _mm256_unpackhi_epi8(w, _mm256_setzero_si256()));
-    let signs = _mm256_cmpgt_epi8(_mm256_setzero_si256(), x);
-    let (x_low, x_high) = (_mm256_unpacklo_epi8(x, signs), _mm256_unpackhi_epi8(x, signs));
-    let (low, high) = (_mm256_madd_epi16(w_low, x_low), _mm256_madd_epi16(w_high, x_high));
-    // `low` has the pairs of lanes 0 and 1 of each half, `high` those of lanes 2 and 3: adding neighbours puts them in order.
-    _mm256_add_epi32(sums, _mm256_hadd_epi32(low, high))
-});
+    /// Words of the tokens that are widened at a time: 12 KiB.
+    const CHUNK: usize = 128;
+    /// Tokens at once: of sixteen registers eight are for sums and four for weights, each word of which is in use twice.
+    const HEIGHT: usize = 4;
+
+    /// # Safety
+    /// The features; sizes as [`super::tile`] asserts them.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize) {
+        let width = panels * PANEL;
+        let height = x.count.div_ceil(x.count.div_ceil(HEIGHT));
+        let mut pairs = [[const { MaybeUninit::<i32>::uninit() }; TOKENS * CHUNK]; 2];
+        // Once, too, where there are no words, for the sums are written then.
+        for from in (0..words.max(1)).step_by(CHUNK) {
+            let n = CHUNK.min(words - from);
+            for t in 0..x.count {
+                // SAFETY: words from..from + n of row t; t < TOKENS and n <= CHUNK.
+                unsafe { widen(&mut pairs, t * CHUNK, x.bytes.as_ptr().add(t * x.stride + 4 * from), n) };
+            }
+            for panel in 0..panels {
+                for first in (0..x.count).step_by(height) {
+                    let count = (x.count - first).min(height);
+                    let out = &mut sums[first * width + panel * PANEL..];
+                    // SAFETY: word `from` of the panel; and the rows from `first` on, whose n words have just been written.
+                    unsafe {
+                        let w = weights.as_ptr().add((panel * words + from) * 4 * PANEL);
+                        let pairs = [0, 1].map(|half: usize| pairs[half].as_ptr().add(first * CHUNK).cast::<i32>());
+                        match count {
+                            1 => run::<1>(out, width, pairs, w, n, from > 0),
+                            2 => run::<2>(out, width, pairs, w, n, from > 0),
+                            3 => run::<3>(out, width, pairs, w, n, from > 0),
+                            _ => run::<HEIGHT>(out, width, pairs, w, n, from > 0),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The features; `n` words at `x`, and room for as many from `at` on in both halves of `pairs`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn widen(pairs: &mut [[MaybeUninit<i32>; TOKENS * CHUNK]; 2], at: usize, x: *const u8, n: usize) {
+        let [even, odd] = pairs.each_mut().map(|half| &mut half[at..at + n]);
+        let whole = n - n % 8;
+        for l in (0..whole).step_by(8) {
+            // SAFETY: words l..l + 8 of n.
+            unsafe {
+                let x = _mm256_loadu_si256(x.add(4 * l).cast());
+                _mm256_storeu_si256(even.as_mut_ptr().add(l).cast(), _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)));
+                _mm256_storeu_si256(odd.as_mut_ptr().add(l).cast(), _mm256_srai_epi16::<8>(x));
+            }
+        }
+        for l in whole..n {
+            // SAFETY: word l < n.
+            let [b0, b1, b2, b3] = unsafe { x.add(4 * l).cast::<[i8; 4]>().read() }.map(i32::from);
+            even[l].write((b0 & 0xffff) | (b2 << 16));
+            odd[l].write((b1 & 0xffff) | (b3 << 16));
+        }
+    }
+
+    /// Sums over `n` words of one panel and `T` tokens, added to those of `out` if `more`.
+    ///
+    /// # Safety
+    /// The features; `n` words of the panel at `w`, and of each token, `CHUNK` apart, in both of `pairs`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run<const T: usize>(out: &mut [i32], width: usize, pairs: [*const i32; 2], w: *const u8, n: usize, more: bool) {
+        let mut sums = [[_mm256_setzero_si256(); 2]; T];
+        let even = _mm256_set1_epi16(0xff);
+        for l in 0..n {
+            // SAFETY: by the caller.
+            unsafe {
+                let w = w.add(l * 4 * PANEL);
+                let (w0, w1) = (_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast()));
+                let halves =
+                    [[_mm256_and_si256(w0, even), _mm256_and_si256(w1, even)], [_mm256_srli_epi16::<8>(w0), _mm256_srli_epi16::<8>(w1)]];
+                for half in 0..2 {
+                    for t in 0..T {
+                        let x = _mm256_set1_epi32(*pairs[half].add(t * CHUNK + l));
+                        sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(x, halves[half][0]));
+                        sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(x, halves[half][1]));
+                    }
+                }
+            }
+        }
+        for t in 0..T {
+            let out = &mut out[t * width..][..PANEL];
+            for half in 0..2 {
+                // SAFETY: a panel's sixteen sums.
+                unsafe {
+                    let place = out.as_mut_ptr().add(8 * half).cast();
+                    let sum = if more { _mm256_add_epi32(sums[t][half], _mm256_loadu_si256(place)) } else { sums[t][half] };
+                    _mm256_storeu_si256(place, sum);
+                }
+            }
+        }
+    }
+}
 
 #[cfg(target_arch = "aarch64")]
 mod neon {

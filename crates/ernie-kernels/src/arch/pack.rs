@@ -148,7 +148,11 @@ unsafe fn transpose8(out: *mut f32, stride: usize, rows: &[&[f32]], from: usize)
             // SAFETY: row 4·half + i of the result, as many elements as there are rows.
             unsafe {
                 let place = out.add((4 * half + i) * stride);
-                if rows.len() == 8 { _mm256_storeu_ps(place, column) } else { _mm_storeu_ps(place, _mm256_castps256_ps128(column)) };
+                if rows.len() == 8 {
+                    _mm256_storeu_ps(place, column)
+                } else {
+                    _mm_storeu_ps(place, _mm256_castps256_ps128(column))
+                };
             }
         }
     }

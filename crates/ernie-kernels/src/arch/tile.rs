@@ -133,8 +133,7 @@ unsafe fn avx2_part<const H: usize, const RS: usize, const CS: usize>(
     let c = c.as_mut_ptr();
     let mut sums = [[_mm256_setzero_ps(); 2]; H];
     for i in 0..rows {
-        // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * stride).cast()) };
+        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * stride).cast());
     }
     for _ in 0..k {
         // SAFETY: step l reads b[l·COLS..][..16] and a[i·RS + l·CS], which the caller vouches for.

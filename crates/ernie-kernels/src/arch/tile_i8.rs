@@ -90,7 +90,7 @@ unsafe fn vnni(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
 #[cfg(target_arch = "x86_64")]
 const MAX_WORDS: usize = super::quantised::BLOCK / 4;
 
-/// The tile by parts of 6 x 16 for processors without a product of bytes: bytes are widened to 16 bits, whose products of pairs cannot overflow. That has
+/// The tile by parts of 4 x 16 for processors without a product of bytes: bytes are widened to 16 bits, whose products of pairs cannot overflow. That has
 /// half as many products in an instruction as 8 bits, and twice as many as single precision.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
@@ -110,7 +110,7 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
     for col in (0..cols).step_by(16) {
         for row in (0..rows).step_by(HEIGHT) {
             let mut sums = [[0i32; 16]; HEIGHT];
-            // SAFETY: parts of six rows and sixteen columns of the two panels, whose lengths `tile` asserts.
+            // SAFETY: parts of four rows and sixteen columns of the two panels, whose lengths `tile` asserts.
             unsafe {
                 let even_odd = [pairs[0].as_ptr().add(row), pairs[1].as_ptr().add(row)];
                 avx2_part(&mut sums, even_odd, b.bytes.as_ptr().add(4 * col), words);
@@ -126,9 +126,9 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
     }
 }
 
-/// Rows of a part.
+/// Rows of a part: of sixteen registers eight are for sums and four for b, each word of which is in use twice.
 #[cfg(target_arch = "x86_64")]
-const HEIGHT: usize = 6;
+const HEIGHT: usize = 4;
 
 /// # Safety
 /// The features; `pairs` must hold `words` rows of [`ROWS`] pairs each and b as many of [`COLS`] words, from the part's first row and column on.
@@ -143,10 +143,8 @@ unsafe fn avx2_part(out: &mut [[i32; 16]; HEIGHT], mut pairs: [*const i32; 2], m
         unsafe {
             let (b0, b1) = (_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(32).cast()));
             let even = _mm256_set1_epi16(0xff);
-            let halves = [
-                [_mm256_and_si256(b0, even), _mm256_and_si256(b1, even)],
-                [_mm256_srli_epi16::<8>(b0), _mm256_srli_epi16::<8>(b1)],
-            ];
+            let halves =
+                [[_mm256_and_si256(b0, even), _mm256_and_si256(b1, even)], [_mm256_srli_epi16::<8>(b0), _mm256_srli_epi16::<8>(b1)]];
             for half in 0..2 {
                 for i in 0..HEIGHT {
                     let x = _mm256_set1_epi32(*pairs[half].add(i));
