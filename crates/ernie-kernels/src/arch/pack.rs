@@ -118,10 +118,14 @@ pub(crate) fn transpose<const W: usize>(out: &mut [f32], rows: &[&[f32]; W], k: 
 }
 
 /// `out[i * stride + r]` = `rows[r][from + i]` for i < 8 and four or eight rows.
+///
+/// # Safety
+/// The features; rows that are not empty must have the eight columns, and `out` room for what is written.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn transpose8(out: *mut f32, stride: usize, rows: &[&[f32]], from: usize) {
     use std::arch::x86_64::*;
+    debug_assert!(rows.len() == 4 || rows.len() == 8);
     let mut x = [_mm256_setzero_ps(); 8];
     for (x, row) in x.iter_mut().zip(rows) {
         if !row.is_empty() {

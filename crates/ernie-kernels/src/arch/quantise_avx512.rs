@@ -60,7 +60,7 @@ pub(super) unsafe fn row<const STOCHASTIC: bool>(bytes: &mut [u8], x: &[f32], se
     }
     let maximum = _mm512_max_epu32(_mm512_max_epu32(maxima[0], maxima[1]), _mm512_max_epu32(maxima[2], maxima[3]));
     let largest = _mm512_reduce_max_epu32(maximum);
-    let (scale, inverse) = scale_of(largest);
+    let (scale, inverse) = scale_of(largest, STOCHASTIC);
     let inverse = _mm512_set1_ps(inverse);
     let mut states = if STOCHASTIC { load_states(&streams(seed ^ largest)) } else { [_mm512_setzero_si512(); 2] };
     let mut sums = [_mm512_setzero_si512(); 2];
@@ -117,7 +117,7 @@ pub(super) unsafe fn columns<const W: usize, const STOCHASTIC: bool>(
     }
     let mut inverses = [0.0f32; 32];
     for j in 0..W {
-        (scales[j], inverses[j]) = scale_of(largest[j]);
+        (scales[j], inverses[j]) = scale_of(largest[j], STOCHASTIC);
     }
     // SAFETY: 32 elements.
     let inverses = unsafe { [_mm512_loadu_ps(inverses.as_ptr()), _mm512_loadu_ps(inverses.as_ptr().add(16))] };

@@ -97,6 +97,9 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMu
 }
 
 /// The tile by parts of `H` x 16, of two registers for each row: at six rows twelve sums, and of the sixteen registers there is room for b and an element of a.
+///
+/// # Safety
+/// The features; operands as [`tile`] asserts them, and H must divide M.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2<const H: usize, const M: usize, const RS: usize, const CS: usize>(
@@ -110,7 +113,7 @@ unsafe fn avx2<const H: usize, const M: usize, const RS: usize, const CS: usize>
     for col in (0..cols).step_by(16) {
         for row in (0..rows).step_by(H) {
             let mut part = c.block(row..(row + H).min(rows), col..(col + 16).min(cols));
-            // SAFETY: by the caller; rows row..row + H of a are below M, for H divides it.
+            // SAFETY: by the caller; rows row..row + H of a are below M, for H divides it, and columns col..col + 16 of b below `COLS`.
             unsafe { avx2_part::<H, RS, CS>(&mut part, a.as_ptr().wrapping_add(row * RS), b.as_ptr().wrapping_add(col), k, update) };
         }
     }
@@ -185,7 +188,7 @@ pub(super) fn mask16(n: usize) -> u16 {
     if n >= 16 { u16::MAX } else { (1 << n) - 1 }
 }
 
-/// The tile by parts of 4 x 16, sixteen registers of NEON.
+/// The tile by parts of 4 x 16, sixteen registers of NEON (and of what every x86-64 has).
 fn narrow<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
     let (rows, cols, _) = c.layout();
     for row in (0..rows).step_by(4) {

@@ -4,6 +4,9 @@
 #![allow(unsafe_code)] // the instruction set itself: vector loads and stores through pointers
 #![allow(clippy::needless_range_loop)] // indices name registers of a tile; iterators would hide which
 
+#[cfg(target_arch = "x86_64")]
+use std::mem::MaybeUninit;
+
 use super::isa::{Isa, isa, simd_fn};
 use super::matrix::MatMut;
 use super::quantised::Panel;
@@ -13,7 +16,7 @@ use super::tile::{COLS, ROWS, Update};
 pub fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update) {
     let (rows, cols, _) = c.layout();
     let words = a.bytes.len() / (4 * ROWS);
-    assert!(rows <= ROWS && cols <= COLS && a.bytes.len() == words * 4 * ROWS && b.bytes.len() == words * 4 * COLS);
+    assert!(words <= MAX_WORDS && rows <= ROWS && cols <= COLS && a.bytes.len() == words * 4 * ROWS && b.bytes.len() == words * 4 * COLS);
     assert!(a.scales.len() == ROWS && a.sums.len() == ROWS && b.scales.len() == COLS);
     #[cfg(target_arch = "x86_64")]
     if isa() == Isa::Avx512 && has_vnni() {
@@ -21,8 +24,8 @@ pub fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update) {
         return unsafe { vnni(c, a, b, words, update) };
     }
     #[cfg(target_arch = "x86_64")]
-    if isa() >= Isa::Avx2 && words <= MAX_WORDS {
-        // SAFETY: as above.
+    if isa() >= Isa::Avx2 {
+        // SAFETY: as above; and a block has no more words than its buffer.
         return unsafe { avx2(c, a, b, words, update) };
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -87,20 +90,23 @@ unsafe fn vnni(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
 }
 
 /// Words of a block, at most.
-#[cfg(target_arch = "x86_64")]
 const MAX_WORDS: usize = super::quantised::BLOCK / 4;
 
 /// The tile by parts of 4 x 16 for processors without a product of bytes: bytes are widened to 16 bits, whose products of pairs cannot overflow. That has
 /// half as many products in an instruction as 8 bits, and twice as many as single precision.
+///
+/// # Safety
+/// The features; panels as [`tile`] asserts them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
     use std::arch::x86_64::*;
     let (rows, cols, _) = c.layout();
+    const { assert!(ROWS.is_multiple_of(HEIGHT) && ROWS.is_multiple_of(4) && COLS.is_multiple_of(16)) };
     // Of each word of a, bytes 0 and 2 and bytes 1 and 3 as pairs of 16 bits.
-    let mut pairs = [[0i32; ROWS * MAX_WORDS]; 2];
+    let mut pairs = [[const { MaybeUninit::<i32>::uninit() }; ROWS * MAX_WORDS]; 2];
     for at in (0..words * ROWS).step_by(4) {
-        // SAFETY: `ROWS` is a multiple of four, so the four words from `at` on lie inside the panel and inside both halves of `pairs`.
+        // SAFETY: the four words from `at` on lie inside the panel and inside both halves of `pairs`, for a word has a multiple of four rows.
         unsafe {
             let x = _mm_loadu_si128(a.bytes.as_ptr().add(4 * at).cast());
             _mm_storeu_si128(pairs[0].as_mut_ptr().add(at).cast(), _mm_srai_epi16::<8>(_mm_slli_epi16::<8>(x)));
@@ -110,15 +116,14 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
     for col in (0..cols).step_by(16) {
         for row in (0..rows).step_by(HEIGHT) {
             let mut sums = [[0i32; 16]; HEIGHT];
-            // SAFETY: parts of four rows and sixteen columns of the two panels, whose lengths `tile` asserts.
-            unsafe {
-                let even_odd = [pairs[0].as_ptr().add(row), pairs[1].as_ptr().add(row)];
-                avx2_part(&mut sums, even_odd, b.bytes.as_ptr().add(4 * col), words);
-            }
+            let pairs = [0, 1].map(|half: usize| pairs[half].as_ptr().wrapping_add(row).cast());
+            // SAFETY: parts of four rows, all written above, and of sixteen columns of the two panels, whose lengths `tile` asserts.
+            unsafe { avx2_part(&mut sums, pairs, b.bytes.as_ptr().wrapping_add(4 * col), words) };
             for (i, sums) in sums.iter_mut().enumerate().take(rows - row) {
+                // b holds q + 128: the sums have 128·Σ q_a too much.
+                let excess = a.sums[row + i] * 128;
                 for sum in sums.iter_mut() {
-                    // b holds q + 128: the sums have 128·Σ q_a too much.
-                    *sum -= a.sums[row + i] * 128;
+                    *sum -= excess;
                 }
                 scaled(&mut c.row_mut(row + i)[col..(col + 16).min(cols)], sums, a.scales[row + i], &b.scales[col..], update);
             }
