@@ -35,18 +35,19 @@ pub fn tile<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>
         // SAFETY: `isa` has found AVX-512; the assertion above keeps every load of a and b inside, and c is a view of its own elements.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { avx512::<M, RS, CS>(c, a, b, k, update) },
-        // SAFETY: as above, for AVX2; parts of H rows begin at multiples of H, which divides M.
+        // SAFETY: as above, for AVX2; each time H divides M.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if M.is_multiple_of(6) => unsafe { avx2::<6, M, RS, CS>(c, a, b, k, update) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if M.is_multiple_of(4) => unsafe { avx2::<4, M, RS, CS>(c, a, b, k, update) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if M.is_multiple_of(2) => unsafe { avx2::<2, M, RS, CS>(c, a, b, k, update) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::<1, M, RS, CS>(c, a, b, k, update) },
+        Isa::Avx2 => unsafe {
+            if M.is_multiple_of(6) {
+                avx2::<6, 2, M, RS, CS>(c, a, b, k, update);
+            } else if M.is_multiple_of(4) {
+                avx2::<4, 2, M, RS, CS>(c, a, b, k, update);
+            } else if M.is_multiple_of(2) {
+                avx2::<2, 4, M, RS, CS>(c, a, b, k, update);
+            } else {
+                avx2::<1, 4, M, RS, CS>(c, a, b, k, update);
+            }
+        },
         _ => narrow::<M, RS, CS>(c, a, b, k, update),
     }
 }
@@ -96,25 +97,28 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMu
     }
 }
 
-/// The tile by parts of `H` x 16, of two registers for each row: at six rows twelve sums, and of the sixteen registers there is room for b and an element of a.
+/// The tile by parts of `H` rows and `W` registers of columns. At 6 x 2 there are twelve sums, and of the sixteen registers there is room for b and an element
+/// of a; less than eight sums would wait for each other, so low tiles are wide.
 ///
 /// # Safety
-/// The features; operands as [`tile`] asserts them, and H must divide M.
+/// The features; operands as [`tile`] asserts them, H must divide M, and W be 2 or 4.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const H: usize, const M: usize, const RS: usize, const CS: usize>(
+unsafe fn avx2<const H: usize, const W: usize, const M: usize, const RS: usize, const CS: usize>(
     c: &mut MatMut<'_>,
     a: &[f32],
     b: &[f32],
     k: usize,
     update: Update,
 ) {
+    assert!(M.is_multiple_of(H) && COLS.is_multiple_of(8 * W)); // Of constants.
     let (rows, cols, _) = c.layout();
-    for col in (0..cols).step_by(16) {
+    for col in (0..cols).step_by(8 * W) {
         for row in (0..rows).step_by(H) {
-            let mut part = c.block(row..(row + H).min(rows), col..(col + 16).min(cols));
-            // SAFETY: by the caller; rows row..row + H of a are below M, for H divides it, and columns col..col + 16 of b below `COLS`.
-            unsafe { avx2_part::<H, RS, CS>(&mut part, a.as_ptr().wrapping_add(row * RS), b.as_ptr().wrapping_add(col), k, update) };
+            let mut part = c.block(row..(row + H).min(rows), col..(col + 8 * W).min(cols));
+            let (a, b) = (a.as_ptr().wrapping_add(row * RS), b.as_ptr().wrapping_add(col));
+            // SAFETY: by the caller; rows row..row + H of a are below M, and columns col..col + 8·W of b below `COLS`.
+            unsafe { avx2_part::<H, W, RS, CS>(&mut part, a, b, k, update) };
         }
     }
 }
@@ -124,7 +128,7 @@ unsafe fn avx2<const H: usize, const M: usize, const RS: usize, const CS: usize>
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2_part<const H: usize, const RS: usize, const CS: usize>(
+unsafe fn avx2_part<const H: usize, const W: usize, const RS: usize, const CS: usize>(
     c: &mut MatMut<'_>,
     mut a: *const f32,
     mut b: *const f32,
@@ -133,19 +137,22 @@ unsafe fn avx2_part<const H: usize, const RS: usize, const CS: usize>(
 ) {
     use std::arch::x86_64::*;
     let (rows, cols, stride) = c.layout();
-    let c = c.as_mut_ptr();
-    let mut sums = [[_mm256_setzero_ps(); 2]; H];
     for i in 0..rows {
-        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * stride).cast());
+        _mm_prefetch::<_MM_HINT_T0>(c.as_mut_ptr().wrapping_add(i * stride).cast());
     }
+    let mut sums = [[_mm256_setzero_ps(); W]; H];
     for _ in 0..k {
-        // SAFETY: step l reads b[l·COLS..][..16] and a[i·RS + l·CS], which the caller vouches for.
+        // SAFETY: step l reads b[l·COLS..][..8·W] and a[i·RS + l·CS], which the caller vouches for.
         unsafe {
-            let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
+            let mut bs = [_mm256_setzero_ps(); W];
+            for j in 0..W {
+                bs[j] = _mm256_loadu_ps(b.add(8 * j));
+            }
             for i in 0..H {
                 let x = _mm256_broadcast_ss(&*a.add(i * RS));
-                sums[i][0] = _mm256_fmadd_ps(x, b0, sums[i][0]);
-                sums[i][1] = _mm256_fmadd_ps(x, b1, sums[i][1]);
+                for j in 0..W {
+                    sums[i][j] = _mm256_fmadd_ps(x, bs[j], sums[i][j]);
+                }
             }
         }
         b = b.wrapping_add(COLS);
@@ -155,28 +162,18 @@ unsafe fn avx2_part<const H: usize, const RS: usize, const CS: usize>(
         if i >= rows {
             break;
         }
-        let place = c.wrapping_add(i * stride);
-        if cols < 16 {
-            let mut row = [0.0f32; 16];
-            // SAFETY: sixteen elements of `row`; and of row i < rows of c the first `cols`.
-            unsafe {
-                _mm256_storeu_ps(row.as_mut_ptr(), sums[i][0]);
-                _mm256_storeu_ps(row.as_mut_ptr().add(8), sums[i][1]);
-                for (j, sum) in row.iter().enumerate().take(cols) {
-                    *place.add(j) = if update == Update::Add { *sum + *place.add(j) } else { *sum };
-                }
-            }
-            continue;
-        }
-        for half in 0..2 {
-            // SAFETY: row i < rows of c, which has sixteen columns.
-            unsafe {
-                let place = place.add(8 * half);
-                let sum = match update {
-                    Update::Set => sums[i][half],
-                    Update::Add => _mm256_add_ps(sums[i][half], _mm256_loadu_ps(place)),
-                };
-                _mm256_storeu_ps(place, sum);
+        let c = c.row_mut(i);
+        for j in 0..W {
+            let mut eight = [0.0f32; 8];
+            // SAFETY: eight elements.
+            unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), sums[i][j]) };
+            let from = (8 * j).min(cols);
+            let c = &mut c[from..(8 * j + 8).min(cols)];
+            match (update, <&mut [f32; 8]>::try_from(&mut *c)) {
+                (Update::Set, Ok(c)) => *c = eight,
+                (Update::Add, Ok(c)) => c.iter_mut().zip(eight).for_each(|(c, sum)| *c += sum),
+                (Update::Set, Err(_)) => c.copy_from_slice(&eight[..c.len()]),
+                (Update::Add, Err(_)) => c.iter_mut().zip(eight).for_each(|(c, sum)| *c += sum),
             }
         }
     }
