@@ -279,7 +279,7 @@ mod avx2 {
                     // SAFETY: word `from` of the panel; and the rows from `first` on, whose n words have just been written.
                     unsafe {
                         let w = weights.as_ptr().add((panel * words + from) * 4 * PANEL);
-                        let pairs = [0, 1].map(|half: usize| pairs[half].as_ptr().add(first * CHUNK).cast::<i32>());
+                        let pairs = [pairs[0].as_ptr().add(first * CHUNK).cast::<i32>(), pairs[1].as_ptr().add(first * CHUNK).cast()];
                         match count {
                             1 => run::<1>(out, width, pairs, w, n, from > 0),
                             2 => run::<2>(out, width, pairs, w, n, from > 0),
@@ -297,7 +297,8 @@ mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn widen(pairs: &mut [[MaybeUninit<i32>; TOKENS * CHUNK]; 2], at: usize, x: *const u8, n: usize) {
-        let [even, odd] = pairs.each_mut().map(|half| &mut half[at..at + n]);
+        let [even, odd] = pairs;
+        let (even, odd) = (&mut even[at..at + n], &mut odd[at..at + n]);
         let whole = n - n % 8;
         for l in (0..whole).step_by(8) {
             // SAFETY: words l..l + 8 of n.

@@ -116,7 +116,7 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
     for col in (0..cols).step_by(16) {
         for row in (0..rows).step_by(HEIGHT) {
             let mut sums = [[0i32; 16]; HEIGHT];
-            let pairs = [0, 1].map(|half: usize| pairs[half].as_ptr().wrapping_add(row).cast());
+            let pairs = [pairs[0].as_ptr().wrapping_add(row).cast(), pairs[1].as_ptr().wrapping_add(row).cast()];
             // SAFETY: parts of four rows, all written above, and of sixteen columns of the two panels, whose lengths `tile` asserts.
             unsafe { avx2_part(&mut sums, pairs, b.bytes.as_ptr().wrapping_add(4 * col), words) };
             for (i, sums) in sums.iter_mut().enumerate().take(rows - row) {
@@ -140,26 +140,25 @@ const HEIGHT: usize = 4;
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2_part(out: &mut [[i32; 16]; HEIGHT], mut pairs: [*const i32; 2], mut b: *const u8, words: usize) {
+unsafe fn avx2_part(out: &mut [[i32; 16]; HEIGHT], pairs: [*const i32; 2], b: *const u8, words: usize) {
     use std::arch::x86_64::*;
     let mut sums = [[_mm256_setzero_si256(); 2]; HEIGHT];
-    for _ in 0..words {
+    let even = _mm256_set1_epi16(0xff);
+    for l in 0..words {
         // SAFETY: by the caller.
         unsafe {
+            let b = b.add(l * 4 * COLS);
             let (b0, b1) = (_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(32).cast()));
-            let even = _mm256_set1_epi16(0xff);
             let halves =
                 [[_mm256_and_si256(b0, even), _mm256_and_si256(b1, even)], [_mm256_srli_epi16::<8>(b0), _mm256_srli_epi16::<8>(b1)]];
             for half in 0..2 {
                 for i in 0..HEIGHT {
-                    let x = _mm256_set1_epi32(*pairs[half].add(i));
+                    let x = _mm256_set1_epi32(*pairs[half].add(l * ROWS + i));
                     sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(x, halves[half][0]));
                     sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(x, halves[half][1]));
                 }
             }
         }
-        b = b.wrapping_add(4 * COLS);
-        pairs = pairs.map(|pairs| pairs.wrapping_add(ROWS));
     }
     for i in 0..HEIGHT {
         for half in 0..2 {
