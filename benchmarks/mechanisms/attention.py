@@ -1,13 +1,19 @@
-"""What the mechanisms of attention cost and save at inference: attention.py ERNIE FOLDER [--rounds N].
+"""What the mechanisms of attention cost and save at inference: attention.py ERNIE FOLDER [--rounds N] [--out DIR].
 
-Makes models with random weights that differ in nothing but `ernie_rs` of their configuration, in FOLDER, and runs `ernie bench` on them in turn, round
-after round: speed of a prompt of 8,192 tokens, memory of keys and values after 8,192, and what a token's attention to 4,096 earlier ones takes: the time
-of a token there less that at the beginning of a text. Prints medians, and ratios to full attention. Needs numpy; run it on an idle machine.
+Makes models with random weights in FOLDER and runs `ernie bench` on them in turn, round after round: speed of a prompt of 8,192 tokens, memory of keys
+and values after 8,192, and what a token's attention to 4,096 earlier ones takes: the time of a token there less that at the beginning of a text. A model
+differs from the one that it is compared with in nothing but `ernie_rs` of its configuration: there is one with a key/value head for each query head, and
+one with a key/value head for four. Prints medians with quartiles, and ratios of the medians. With --out, DIR gets attention.json, every round of it, and
+attention.svg, a picture. Needs numpy; run it on an idle machine.
 """
 
 import argparse
+import datetime
+import html
 import json
 import math
+import os
+import platform
 import statistics
 import struct
 import subprocess
@@ -15,7 +21,7 @@ from pathlib import Path
 
 import numpy
 
-LONG, CONTEXT, TOKENS = 8192, 4096, 48
+TOKENS = 48
 BASE = {
     "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
     "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "hidden_act": "silu",
@@ -24,12 +30,18 @@ BASE = {
 LOCAL = ["sliding_attention"] * 6
 # The benchmark's tokens pass through the vocabulary evenly: one in 64 ends a paragraph that is long enough.
 PARAGRAPHS = {"end_tokens": list(range(0, 8192, 64)), "min_tokens": 32, "max_tokens": 256}
-MODELS = {
-    "full": {},
-    "local-global": {"sliding_window": 128, "layer_types": LOCAL + ["full_attention"] * 2},
-    "local-paragraph": {"sliding_window": 128, "paragraphs": PARAGRAPHS, "layer_types": LOCAL + ["paragraph_attention"] * 2},
-    "gated": {"context_gate": {"threshold": 0.5}},
+GATES = {"context_gate": {"threshold": 0.5}}
+GROUPED = {"num_key_value_heads": 2}
+MODELS = {  # the model that it is compared with, what is not as in BASE, its `ernie_rs`
+    "full": ("full", {}, {}),
+    "local-global": ("full", {}, {"sliding_window": 128, "layer_types": LOCAL + ["full_attention"] * 2}),
+    "local-paragraph": ("full", {}, {"sliding_window": 128, "paragraphs": PARAGRAPHS, "layer_types": LOCAL + ["paragraph_attention"] * 2}),
+    "gated": ("full", {}, GATES),
+    "grouped": ("grouped", GROUPED, {}),
+    "grouped-gated": ("grouped", GROUPED, GATES),
 }
+# The figures of a round: headings of the picture, and digits.
+FIGURES = {"prefill": ("prompt, tok/s", 0), "memory": ("keys and values, MiB", 1), "token": ("token, ms", 3), "attention": ("its attention, ms", 3)}
 # Of the gates of random weights: W x has a standard deviation of 1 for normed x, so that Phi(bias) of the heads are open.
 ACTIVE = 0.65
 
@@ -60,9 +72,9 @@ def tensors(config):
     yield "model.norm.weight", (h,), 1, 0
 
 
-def write(folder, own):
+def write(folder, changed, own):
     folder.mkdir(parents=True, exist_ok=True)
-    config = BASE | ({"ernie_rs": own} if own else {})
+    config = BASE | changed | ({"ernie_rs": own} if own else {})
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape, _, _ in tensors(config):
@@ -83,31 +95,101 @@ def bench(ernie, model, prompt, context):
     return json.loads(subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout)
 
 
+def spread(values):
+    low, median, high = (float(value) for value in numpy.percentile(values, [25, 50, 75]))
+    return {"median": median, "quartiles": [low, high]}
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def svg(result):
+    """Bars of the medians with lines from quartile to quartile, a panel for each figure."""
+    models = result["models"]
+    row, bar, left, width = 22, 14, 130, 420
+    lines, y = [], 56
+    for key, (heading, digits) in FIGURES.items():
+        lines.append(f'<text x="10" y="{y}" font-weight="bold">{heading}</text>')
+        y += 10
+        most = max(max(model[key]["quartiles"][1], model[key]["median"]) for model in models.values()) or 1
+        place = lambda value: left + width * max(value, 0) / most
+        for name, model in models.items():
+            middle, (low, high) = model[key]["median"], model[key]["quartiles"]
+            fill = "#8a8f98" if model["compared_with"] == name else "#3b6ea8"
+            lines += [
+                f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{html.escape(name)}</text>',
+                f'<rect x="{left}" y="{y}" width="{place(middle) - left:.1f}" height="{bar}" fill="{fill}"/>',
+                f'<line x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{y + bar / 2}" y2="{y + bar / 2}" stroke="#c0392b" stroke-width="2"/>',
+                f'<text x="{place(max(middle, high)) + 6:.1f}" y="{y + 12}">{middle:,.{digits}f} ({low:,.{digits}f}–{high:,.{digits}f})</text>',
+            ]
+            y += row
+        y += 24
+    titles = [f"prompt of {result['prompt']:,} tokens, a token after {result['context']:,}: medians of {result['rounds']} rounds, quartiles in red",
+              f"{result['date']}, {result['version']}, {result['processor']}"]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 180}" height="{y}" font-family="sans-serif" font-size="12">'
+    lines = [f'<text x="10" y="{16 + 16 * place}">{html.escape(title)}</text>' for place, title in enumerate(titles)] + lines
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>"]) + "\n"
+
+
+def table(result):
+    models = result["models"]
+    yield (f"| model | prompt of {result['prompt']}, tok/s | | keys and values after {result['prompt']}, MiB | | token at {result['context']}, ms | "
+           "its attention, ms | | ratios to |")
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|---|"
+    for name, model in models.items():
+        other = models[model["compared_with"]]
+        ratio = lambda key: f"{model[key]['median'] / other[key]['median']:.2f}×" if other[key]["median"] > 0 else "-"
+
+        def cell(key):
+            digits, (low, high) = FIGURES[key][1], model[key]["quartiles"]
+            median = f"{model[key]['median']:,.{digits}f}"
+            # Memory is the same in every round.
+            return median if low == high else f"{median} ({low:,.{digits}f}–{high:,.{digits}f})"
+
+        yield (f"| {name} | {cell('prefill')} | {ratio('prefill')} | {cell('memory')} | {ratio('memory')} | {cell('token')} | "
+               f"{cell('attention')} | {ratio('attention')} | {model['compared_with']} |")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("ernie", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for attention.json and attention.svg")
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prompt, and of the text whose memory is asked for")
+    parser.add_argument("--context", type=int, default=4096, help="tokens before the token whose attention is measured")
     arguments = parser.parse_args()
-    for name, own in MODELS.items():
-        write(arguments.folder / name, own)
+    for name, (_, changed, own) in MODELS.items():
+        write(arguments.folder / name, changed, own)
+    version = subprocess.run([str(arguments.ernie), "--version"], check=True, capture_output=True, text=True).stdout.strip()
     runs = {name: [] for name in MODELS}
     for number in range(arguments.rounds):
         for name, found in runs.items():
             model = arguments.folder / name
-            short, far = bench(arguments.ernie, model, 512, 8), bench(arguments.ernie, model, LONG, CONTEXT)
-            memory = bench(arguments.ernie, model, 512, LONG)["kv_cache_mib"] if number == 0 else found[0]["memory"]
+            short, far = bench(arguments.ernie, model, 512, 8), bench(arguments.ernie, model, arguments.prompt, arguments.context)
+            memory = bench(arguments.ernie, model, 512, arguments.prompt)["kv_cache_mib"] if number == 0 else found[0]["memory"]
             ms = lambda output: 1e3 / output["decode"]["1"]["tokens_per_s"]
             found.append({"prefill": far["prefill"]["tokens_per_s"], "memory": memory, "token": ms(far), "attention": ms(far) - ms(short)})
             print(f"round {number + 1}, {name}: {found[-1]}", flush=True)
-    median = {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
-    print(f"\n| model | prompt of {LONG}, tok/s | | keys and values after {LONG}, MiB | | token at {CONTEXT}, ms | its attention, ms | |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    full = median["full"]
-    for name, own in median.items():
-        ratio = lambda key: f"{own[key] / full[key]:.2f}×"
-        print(f"| {name} | {own['prefill']:,.0f} | {ratio('prefill')} | {own['memory']:.1f} | {ratio('memory')} | {own['token']:.3f} | "
-              f"{own['attention']:.3f} | {ratio('attention')} |")
+    result = {
+        "date": datetime.date.today().isoformat(), "version": version, "processor": processor(), "logical_cpus": os.cpu_count(),
+        "rounds": arguments.rounds, "prompt": arguments.prompt, "context": arguments.context,
+        "models": {
+            name: {"compared_with": MODELS[name][0], "num_key_value_heads": (BASE | MODELS[name][1])["num_key_value_heads"], "ernie_rs": MODELS[name][2]}
+            | {key: spread([run[key] for run in found]) for key in FIGURES} | {"rounds": found}
+            for name, found in runs.items()
+        },
+    }
+    print("", *table(result), sep="\n")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "attention.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (arguments.out / "attention.svg").write_text(svg(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use ernie_checkpoint::Tokenizer;
 use ernie_eval::{Bleu, Rouge, Score, TextScore, Tokenize, Units};
+use ernie_train::{Recipe, data};
 use serde::Serialize;
 
 use crate::compute::ComputeArguments;
@@ -19,6 +21,7 @@ use crate::summarise::{self, SummariseArguments};
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "Examples:\n  \
         ernie eval perplexity --model path/to/model book.txt news.txt\n  \
+        ernie eval perplexity --model path/to/model --recipe recipes/nano.toml --data path/to/data\n  \
         ernie eval score predictions.txt references.txt --json\n  \
         ernie eval summarise --model path/to/model --data path/to/scitldr --format scitldr")]
 pub struct EvalArguments {
@@ -40,8 +43,14 @@ struct PerplexityArguments {
     #[command(flatten)]
     model: ModelArgument,
     /// Texts, UTF-8, or gzipped with a name that ends in .gz
-    #[arg(required = true, value_name = "FILE")]
+    #[arg(required_unless_present = "recipe", conflicts_with = "recipe", value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Instead of texts: the validation documents of each source of this recipe, in rows of its length and in 32 bits, as in training
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["context", "weights", "kv_cache"])]
+    recipe: Option<PathBuf>,
+    /// Folder that the recipe's paths start from [default: ERNIE_DATA, else `root` in the recipe]
+    #[arg(long, value_name = "DIR", requires = "recipe")]
+    data: Option<PathBuf>,
     /// Tokens that are seen together; a text is cut into pieces of so many [default: 512, or the model's longest]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
@@ -85,6 +94,20 @@ struct Perplexities<'a> {
 }
 
 #[derive(Serialize)]
+struct SourceScore {
+    source: String,
+    loss: f64,
+    perplexity: f64,
+}
+
+#[derive(Serialize)]
+struct SourcePerplexities<'a> {
+    recipe: &'a Path,
+    sequence_length: usize,
+    sources: Vec<SourceScore>,
+}
+
+#[derive(Serialize)]
 struct Scores {
     lines: usize,
     #[serde(flatten)]
@@ -102,6 +125,9 @@ pub fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
 }
 
 fn perplexity(arguments: &PerplexityArguments) -> anyhow::Result<()> {
+    if let Some(recipe) = &arguments.recipe {
+        return by_source(arguments, recipe);
+    }
     let texts = arguments.files.iter().map(|file| encoding::text_file(file)).collect::<anyhow::Result<Vec<_>>>()?;
     let (tokenizer, model) = (arguments.model.tokenizer()?, arguments.compute.load(&arguments.model)?);
     let context = arguments.context.unwrap_or_else(|| model.config().max_position_embeddings.min(512));
@@ -131,6 +157,43 @@ fn perplexity(arguments: &PerplexityArguments) -> anyhow::Result<()> {
         let _ = writeln!(out, "{:<40}{:>10}{loss:>10.4}{perplexity:>12.2}{bits_per_byte:>12.3}", file.display().to_string(), sums.tokens);
     }
     write_out(&out)
+}
+
+/// Perplexity in each source of a recipe.
+fn by_source(arguments: &PerplexityArguments, file: &Path) -> anyhow::Result<()> {
+    let recipe = Recipe::from_file(file)?;
+    let (checkpoint, name) = (arguments.model.checkpoint()?, arguments.model.name());
+    let (length, limit) = (recipe.data.sequence_length, checkpoint.config().max_position_embeddings);
+    if length > limit {
+        anyhow::bail!(
+            "{name} was made for {limit} tokens, and the rows of {} have {length}; give a shorter data.sequence_length",
+            file.display()
+        );
+    }
+    let root = recipe.data_root(arguments.data.as_deref())?;
+    let prepared = data::prepare(&recipe, &root, &mut |doing| eprintln!("{doing}"))?;
+    if !alike(&arguments.model.tokenizer()?, &Tokenizer::from_dir(&prepared.tokenizer_dir)?) {
+        anyhow::bail!("{name} has another tokenizer than {} trains or names; give the model's directory as tokenizer.path", file.display());
+    }
+    let losses = ernie_train::evaluate(&recipe, &checkpoint, arguments.data.as_deref())?;
+    if losses.is_empty() {
+        anyhow::bail!("no source of {} has validation documents; give a larger data.validation_fraction", file.display());
+    }
+    let sources: Vec<_> = losses.into_iter().map(|(source, loss)| SourceScore { source, loss, perplexity: loss.exp() }).collect();
+    if arguments.json {
+        return write_out(&(serde_json::to_string(&SourcePerplexities { recipe: file, sequence_length: length, sources })? + "\n"));
+    }
+    let mut out = format!("{:<40}{:>10}{:>12}\n", "source", "loss", "perplexity");
+    for SourceScore { source, loss, perplexity } in &sources {
+        let _ = writeln!(out, "{source:<40}{loss:>10.4}{perplexity:>12.2}");
+    }
+    write_out(&out)
+}
+
+/// Whether two tokenizers have the same pieces under the same ids.
+fn alike(a: &Tokenizer, b: &Tokenizer) -> bool {
+    let size = a.vocab_size();
+    size == b.vocab_size() && (0..size as u32).all(|id| a.id_to_piece(id) == b.id_to_piece(id))
 }
 
 fn file_score(file: &Path, sums: TextScore) -> FileScore<'_> {

@@ -10,7 +10,7 @@ use crate::arch::isa::{LANES, mul_add, simd_fn};
 use crate::scratch::Scratch;
 
 /// Below this a product of squared lengths counts as none, and the density is 1.
-const LEAST: f32 = 1e-30;
+pub const LEAST: f32 = 1e-30;
 
 /// d `[t]` of rows x `[t, h]` of documents that lie between `cu_seqlens`, `[0, …, t]`.
 pub fn forward(d: &mut [f32], x: &[f32], h: usize, decay: f32, cu_seqlens: &[u32]) {

@@ -94,5 +94,7 @@ fn every_test_passes_on_the_lesser_instruction_sets() {
             .expect("the test binary starts");
         let report = String::from_utf8_lossy(&tests.stdout);
         assert!(tests.status.success() && report.contains("test result: ok"), "with ERNIE_ISA={isa}:\n{report}");
+        let obeyed = "arch::isa::tests::the_instruction_set_is_the_one_that_the_variable_names ... ok";
+        assert!(report.contains(obeyed), "with ERNIE_ISA={isa} nobody asked which instruction set was in use:\n{report}");
     }
 }

@@ -119,14 +119,70 @@ fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
     (aa > 0.0 && bb > 0.0).then(|| ab / (aa * bb).sqrt())
 }
 
-/// In these very steps, so that a layer that is computed again for its gradients comes to the same bits on the tape and off it.
+/// In these very steps, so that a layer that is computed again for its gradients comes to the same bits on the tape and off it. What is below −80 counts
+/// as −80: e⁸⁹ is no f32, and infinity has no gradient.
 fn sigmoid<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    (x.neg().exp() + 1.0).recip()
+    (x.clamp_min(-80.0).neg().exp() + 1.0).recip()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn leaf<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+        Tensor::from_data(TensorData::new(values, shape), &crate::training_device()).require_grad()
+    }
+
+    fn gating(logits: &[f32], heads: usize, threshold: f64) -> Gating {
+        let tokens = logits.len() / heads;
+        Gating { logits_tn: leaf(logits.to_vec(), [tokens, heads]), density_t1: leaf(vec![0.0; tokens], [tokens, 1]), threshold }
+    }
+
+    fn gradient_of_regulariser(gating: &Gating, target: f64) -> Vec<f32> {
+        ops::host_f32(&gating.logits_tn.grad(&gating.regulariser(target).backward()).unwrap())
+    }
+
+    #[test]
+    fn the_regulariser_takes_active_heads_for_its_value_and_gates_for_its_gradient() {
+        let logits = [0.7f32, -0.3, 2.1, -1.9, 0.1, -0.6];
+        for (threshold, active) in [(0.5, 3.0), (0.4, 4.0), (0.99, 0.0)] {
+            let gating = gating(&logits, 3, threshold);
+            for target in [0.2, 0.5, 0.9] {
+                let off = active / 6.0 - target;
+                let value = f64::from(ops::scalar(&gating.regulariser(target)));
+                assert!((value - off * off).abs() < 1e-6, "{value} for {active} of 6 active heads and {target}");
+                // Near these logits the share moves as the mean gate does.
+                let share = |logits: &[f64]| logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).sum::<f64>() / 6.0;
+                for (place, found) in gradient_of_regulariser(&gating, target).into_iter().enumerate() {
+                    let at = |step: f64| {
+                        let mut moved = logits.map(f64::from);
+                        moved[place] += step;
+                        (off + share(&moved) - share(&logits.map(f64::from))).powi(2)
+                    };
+                    let expected = (at(1e-5) - at(-1e-5)) / 2e-5;
+                    assert!((f64::from(found) - expected).abs() < 1e-6, "{found} for {expected} at {place}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gates_that_are_wide_open_or_tightly_shut_have_gradients() {
+        let gating = gating(&[-90.0, 90.0, -1e4, 1e4, -79.0, 0.0], 2, 0.5);
+        let gradient = gradient_of_regulariser(&gating, 0.1);
+        assert!(gradient.iter().all(|g| g.is_finite()) && gradient[5] > 0.0, "{gradient:?}");
+        for logit in [-90.0, 90.0] {
+            let decay = Param::from_tensor(leaf(vec![logit], [1]));
+            let weight = Param::from_tensor(leaf(vec![0.1; 6], [2, 3]));
+            let [bias, density] = [1.0, 1.0].map(|value| Param::from_tensor(leaf(vec![value; 2], [2])));
+            let gate = ContextGate { weight, bias, density, decay, threshold: 0.5 };
+            let x_th = leaf((0..15).map(|i| (i * 7 % 11) as f32 - 4.5).collect(), [5, 3]);
+            let gating = gate.forward(x_th.clone(), &Arc::from([0, 2, 5]));
+            let tape = gating.logits_tn.sum().backward();
+            let found = [ops::host_f32(&gate.decay.val().grad(&tape).unwrap()), ops::host_f32(&x_th.grad(&tape).unwrap())].concat();
+            assert!(found.iter().all(|g| g.is_finite()), "decay of {logit}: {found:?}");
+        }
+    }
 
     #[test]
     fn correlation_is_pearsons() {

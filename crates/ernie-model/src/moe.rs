@@ -190,6 +190,63 @@ impl Routing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::steering::{Favoured, Steering};
+    use serde_json::Value;
+
+    /// The numbers of lists of lists, in order.
+    fn numbers(value: &Value) -> Vec<f64> {
+        value.as_array().map_or_else(|| vec![value.as_f64().expect("a number")], |list| list.iter().flat_map(numbers).collect())
+    }
+
+    #[test]
+    fn steered_choices_their_weights_and_the_pull_equal_numpys() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/routing/golden.json");
+        let golden: Vec<Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        assert_eq!(golden.len(), 2);
+        let device = crate::training_device();
+        for case in &golden {
+            let floats = |key: &str| numbers(&case[key]).into_iter().map(|value| value as f32).collect::<Vec<_>>();
+            let domains: Arc<[u16]> = numbers(&case["domains"]).into_iter().map(|domain| domain as u16).collect();
+            let [experts, top_k] = ["experts", "top_k"].map(|key| case[key].as_u64().unwrap() as usize);
+            let of_domain = case["experts_of_domain"].as_array().unwrap().iter().map(numbers);
+            let table = of_domain.flat_map(|given| (0..experts).map(move |expert| given.contains(&(expert as f64)))).collect();
+            let layers = Arc::new([(3, Favoured { table, experts })].into());
+            let steering = Steering::Favoured { domains: domains.clone(), layers, strength: floats("strength")[0] };
+            let steering = LayerSteering { steering, layer: 3 };
+            let mut init = Init::zeros(&device);
+            let bias = Tensor::from_data(TensorData::new(floats("bias"), [1, experts]), &device);
+            let moe = Moe {
+                gate: Linear::new(&mut init, [experts, 1], false, 0.0),
+                moe_statics: MoeStatics { e_score_correction_bias: Param::from_tensor(bias).set_require_grad(false) },
+                experts: Experts {
+                    gate_proj: init.constant([experts, 1, 1], 0.0),
+                    up_proj: init.constant([experts, 1, 1], 0.0),
+                    down_proj: init.constant([experts, 1, 1], 0.0),
+                },
+                shared_experts: None,
+                top_k,
+                norm_min: case["norm_min"].as_f64().unwrap(),
+            };
+            let logits = TensorData::new(floats("logits"), [domains.len(), experts]);
+            let logits_te = Tensor::<2>::from_data(logits, &device).require_grad();
+            let probs_te = softmax(logits_te.clone());
+            let (indices, weights_tk) = moe.select(&probs_te, Some(&steering));
+            assert_eq!(indices.iter().map(|&expert| f64::from(expert)).collect::<Vec<_>>(), numbers(&case["indices"]));
+            let favoured_te = steering.favoured().map(Into::into);
+            let routing = Routing { logits_te, probs_te, indices, weights_tk, favoured_te };
+            let pull = routing.pull_loss().unwrap();
+            let gradient = routing.logits_te.grad(&pull.backward()).unwrap();
+            let near = |name: &str, found: Vec<f32>| {
+                let expected = numbers(&case[name]);
+                assert_eq!(found.len(), expected.len(), "{name}");
+                let worst = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                assert!(worst < 5e-7, "{name} is off by {worst:e}");
+            };
+            near("weights", routing.weights());
+            near("pull", ops::host_f32(&pull));
+            near("pull_gradient", ops::host_f32(&gradient));
+        }
+    }
 
     #[test]
     fn the_pull_is_the_divergence_from_the_steered_experts() {

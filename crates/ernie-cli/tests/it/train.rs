@@ -3,7 +3,7 @@ use crate::program::{Run, ernie};
 use std::path::Path;
 
 /// A recipe and its text in a folder.
-fn project() -> tempfile::TempDir {
+pub fn project() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let story = |n: usize| format!("Number {n} is a small story about a cat that sat on mat {n} and saw {} birds.\n<|endoftext|>\n", n * n);
     std::fs::create_dir(dir.path().join("data")).unwrap();
@@ -66,7 +66,7 @@ dtype = "int8"
     dir
 }
 
-fn train(dir: &Path, flags: &[&str]) -> Run {
+pub fn train(dir: &Path, flags: &[&str]) -> Run {
     let (recipe, data) = (dir.join("tiny.toml"), dir.join("data"));
     ernie([&["train", recipe.to_str().unwrap(), "--data", data.to_str().unwrap(), "--quiet"], flags].concat())
 }

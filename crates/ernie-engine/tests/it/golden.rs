@@ -123,12 +123,14 @@ pub fn int4_checkpoint(group: usize) -> Checkpoint {
 
 /// A golden's weights under layers that see a window of so many positions, 0 for all.
 pub fn windows_checkpoint(name: &str, windows: &[usize]) -> Checkpoint {
-    let golden = Golden::named(name);
-    golden.copy(SaveDtype::F32, |config| {
-        let kind = |&window: &usize| if window > 0 { AttentionKind::Sliding } else { AttentionKind::Full };
-        let (layer_types, sliding_window) = (Some(windows.iter().map(kind).collect()), windows.iter().copied().max());
-        config.mechanisms = Mechanisms { layer_types, sliding_window, ..Mechanisms::default() };
-    })
+    Golden::named(name).copy(SaveDtype::F32, |config| config.mechanisms = self::windows(windows))
+}
+
+/// Layers that see a window of so many positions, 0 for all.
+pub fn windows(of_layers: &[usize]) -> Mechanisms {
+    let kind = |&window: &usize| if window > 0 { AttentionKind::Sliding } else { AttentionKind::Full };
+    let sliding_window = of_layers.iter().copied().max().filter(|&window| window > 0);
+    Mechanisms { layer_types: Some(of_layers.iter().map(kind).collect()), sliding_window, ..Mechanisms::default() }
 }
 
 /// Largest absolute difference.

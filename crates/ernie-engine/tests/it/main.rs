@@ -5,6 +5,7 @@ mod constraints;
 mod generating;
 mod golden;
 mod load;
+mod memory;
 mod models;
 mod sampling;
 mod scheduler;

@@ -209,7 +209,7 @@ mod tests {
                 for (group, groups) in [(8, 3), (32, 1), (32, 7), (64, 2), (128, 3)] {
                     let k = group * groups;
                     let stride = k + 12;
-                    let bytes: Vec<u8> = (0..count * stride).map(|_| random.below(255) as u8 ^ 0x81).collect();
+                    let bytes: Vec<u8> = (0..count * stride).map(|_| (random.below(255) as u8).wrapping_sub(127)).collect();
                     let weights: Vec<u8> = (0..panels * k / 2 * PANEL).map(|_| random.below(256) as u8).collect();
                     let scales: Vec<u16> = (0..panels * groups * PANEL).map(|_| 0x3c00 + random.below(256) as u16).collect();
                     let x_at = |t: usize, i: usize| i32::from(bytes[t * stride + i] as i8);

@@ -467,7 +467,7 @@ mod tests {
             for panels in [1, panels_at_once(count)] {
                 for words in [1, 3, 64, 257] {
                     let stride = words * 4 + 12;
-                    let bytes: Vec<u8> = (0..count * stride).map(|_| random.below(255) as u8 ^ 0x81).collect();
+                    let bytes: Vec<u8> = (0..count * stride).map(|_| (random.below(255) as u8).wrapping_sub(127)).collect();
                     let weights: Vec<u8> = (0..panels * words * 4 * PANEL).map(|_| random.below(256) as u8).collect();
                     let x = Tokens { bytes: &bytes, stride, count };
                     let mut expected = vec![0i32; count * panels * PANEL];

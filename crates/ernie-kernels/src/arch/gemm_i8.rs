@@ -27,7 +27,7 @@ pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, thr
 mod tests {
     use super::*;
     use crate::arch::matrix::Mat;
-    use crate::arch::quantised::Rounding;
+    use crate::arch::quantised::{BLOCK, Rounding};
     use crate::matmul::scalar::matmul;
     use crate::testing::{Random, assert_close};
 
@@ -48,6 +48,49 @@ mod tests {
                     let expected: Vec<f32> =
                         expected.iter().zip(&start).map(|(e, s)| if update == Update::Add { e + s } else { *e }).collect();
                     assert_close("c", &c, &expected, 2e-6);
+                }
+            }
+        }
+    }
+
+    /// Integers times a power of two for each row, which 8 bits hold without rounding: each block of a row has a ±127, so that its scale is that power. Returns
+    /// the values, the integers and the powers.
+    fn exact(random: &mut Random, rows: usize, k: usize) -> (Vec<f32>, Vec<i32>, Vec<f32>) {
+        let powers: Vec<f32> = (0..rows).map(|_| 2f32.powi(random.below(5) as i32 - 2)).collect();
+        let mut integers: Vec<i32> = (0..rows * k).map(|_| random.below(255) as i32 - 127).collect();
+        for block in integers.chunks_exact_mut(k).flat_map(|row| row.chunks_mut(BLOCK)) {
+            block[random.below(block.len())] = if random.below(2) == 0 { 127 } else { -127 };
+        }
+        let values = integers.iter().enumerate().map(|(place, &q)| q as f32 * powers[place / k]).collect();
+        (values, integers, powers)
+    }
+
+    /// Sums below 2²⁴ times powers of two are f32 to the last bit, so every instruction set gives these very numbers (`testing.rs` runs the tests on the lesser
+    /// ones): all heights of a tile and one more, columns at and around its halves and its end.
+    #[test]
+    fn sums_of_whole_numbers_are_exact_at_every_edge_of_a_tile() {
+        let mut random = Random::new(33);
+        for k in [1, 4, 7, 256, 300] {
+            for n in [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64] {
+                let (b, whole_b, powers_b) = exact(&mut random, n, k);
+                let right = Right8::new(Mat::new(&b, n, k), Rounding::Nearest, Threads::One);
+                for m in 1..=13 {
+                    let (a, whole_a, powers_a) = exact(&mut random, m, k);
+                    let left = Left8::new(Mat::new(&a, m, k), Rounding::Nearest, Threads::One);
+                    let mut expected = vec![0.0; m * n];
+                    for (place, expected) in expected.iter_mut().enumerate() {
+                        let (i, j) = (place / n, place % n);
+                        let sum: i32 = (0..k).map(|l| whole_a[i * k + l] * whole_b[j * k + l]).sum();
+                        *expected = sum as f32 * (powers_a[i] * powers_b[j]);
+                    }
+                    let mut c = vec![f32::NAN; m * n];
+                    product_packed8(MatMut::new(&mut c, m, n), &left, &right, Update::Set, Threads::One);
+                    assert_eq!(c, expected, "[{m}, {n}, {k}]");
+                    // Its negative is added to it, which leaves nothing.
+                    let negative: Vec<f32> = a.iter().map(|a| -a).collect();
+                    let left = Left8::new(Mat::new(&negative, m, k), Rounding::Nearest, Threads::One);
+                    product_packed8(MatMut::new(&mut c, m, n), &left, &right, Update::Add, Threads::One);
+                    assert!(c.iter().all(|&c| c == 0.0), "[{m}, {n}, {k}] and its negative");
                 }
             }
         }

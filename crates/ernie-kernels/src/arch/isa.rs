@@ -22,7 +22,7 @@ pub enum Isa {
 }
 
 /// The instruction set in use: the best this processor has, found at the first call. The environment variable `ERNIE_ISA` (`portable`, `avx2`,
-/// `avx512`) can only lower it: for tests and for narrowing down a fault.
+/// `avx512`) can only lower it: for tests and for narrowing down a fault. Any other value lowers nothing.
 pub fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| {
@@ -100,4 +100,26 @@ pub(crate) use simd_fn;
 #[inline(always)]
 pub fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A slip in the variable would make the runs of `testing.rs` on the lesser instruction sets runs on the best one.
+    #[test]
+    fn the_instruction_set_is_the_one_that_the_variable_names() {
+        let best = detect();
+        let expected = match std::env::var("ERNIE_ISA") {
+            Err(_) => best,
+            Ok(name) if name == "portable" => Isa::Portable,
+            Ok(name) if name == "avx2" && best >= Isa::Avx2 => Isa::Avx2,
+            // A processor without it runs what it has.
+            Ok(name) if name == "avx2" || name == "avx512" => best,
+            Ok(name) => panic!("ERNIE_ISA={name} is no instruction set"),
+        };
+        assert_eq!(isa(), expected);
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(best >= Isa::Avx2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
+    }
 }

@@ -7,6 +7,7 @@ use burn::{
     prelude::*,
     tensor::{TensorData, activation},
 };
+use ernie_kernels::density::LEAST;
 
 /// `x · wᵀ`.
 pub fn linear(x_ti: Tensor<2>, w_oi: Tensor<2>) -> Tensor<2> {
@@ -125,21 +126,24 @@ fn rope_at(x_nld: Tensor<3>, positions: &[usize], context: &AttentionContext) ->
     Tensor::<3>::stack::<4>(vec![rotated_even, rotated_odd], 3).reshape([n, length, d])
 }
 
-/// `1 − cos(x_t, Σ_s decay^(t−s)·x_s)` over the rows s up to t of a document, `[t, 1]`.
+/// `1 − cos(x_t, Σ_s decay^(t−s)·x_s)` over the rows s up to t of a document, `[t, 1]`; 1 where either has no length to speak of.
 pub fn semantic_density(x_th: Tensor<2>, decay_1: Tensor<1>, cu_seqlens: &Arc<[u32]>) -> Tensor<2> {
     let device = x_th.device();
     let documents = cu_seqlens.windows(2).filter(|bounds| bounds[1] > bounds[0]).map(|bounds| {
         let (start, length) = (bounds[0] as usize, (bounds[1] - bounds[0]) as usize);
         let x_th = x_th.clone().narrow(0, start, length);
-        let back = (0..length * length).map(|i| (i / length) as f32 - (i % length) as f32).collect::<Vec<_>>();
-        let after = back.iter().map(|&back| back < 0.0).collect::<Vec<_>>();
+        // 0 for the rows after t: a power of the decay that overflowed would leave no gradient, masked or not.
+        let back = (0..length * length).map(|i| (i / length).saturating_sub(i % length) as f32).collect::<Vec<_>>();
+        let after = (0..length * length).map(|i| i % length > i / length).collect::<Vec<_>>();
         let back_tt = Tensor::<2>::from_data(TensorData::new(back, [length, length]), &device);
         let after_tt = Tensor::<2, Bool>::from_data(TensorData::new(after, [length, length]), &device);
         let weights_tt = (back_tt * decay_1.clone().log().unsqueeze::<2>()).exp().mask_fill(after_tt, 0.0);
         let m_th = weights_tt.matmul(x_th.clone());
         let dot_t1 = (x_th.clone() * m_th.clone()).sum_dim(1);
-        let lengths_t1 = (x_th.square().sum_dim(1) * m_th.square().sum_dim(1)).sqrt();
-        (dot_t1 / lengths_t1).neg() + 1.0
+        let squares_t1 = x_th.square().sum_dim(1) * m_th.square().sum_dim(1);
+        let nothing_t1 = squares_t1.clone().lower_equal_elem(LEAST);
+        let cosine_t1 = (dot_t1 / squares_t1.mask_fill(nothing_t1.clone(), 1.0).sqrt()).mask_fill(nothing_t1, 0.0);
+        cosine_t1.neg() + 1.0
     });
     Tensor::cat(documents.collect(), 0)
 }

@@ -147,7 +147,7 @@ fn every_gradient_equals_transformers() {
 fn recomputed_gradients_equal_those_of_one_tape() {
     for golden in Golden::all() {
         let mut model = golden.model();
-        let weights = LossWeights { balance: 0.3, z: 0.2, pull: 0.4, ..golden.loss_weights() };
+        let weights = LossWeights { balance: 0.3, z: 0.2, pull: 0.4, gate: 0.5, gate_target: 0.6, ..golden.loss_weights() };
         let dense = model.config().moe.is_none();
         let steered = PackedBatch { steering: Some(steering(model.config(), golden.batch().tokens())), ..golden.batch() };
         let cases = [(Precision::F32, 1.0, golden.batch()), (Precision::F32, 0.37, steered), (Precision::Int8Mixed, 0.37, golden.batch())];

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use burn::{
     prelude::*,
-    tensor::{Distribution, activation},
+    tensor::{Distribution, TensorData, activation},
 };
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 use ernie_model::{
@@ -163,6 +163,35 @@ fn density_of_several_documents() {
     let gradient = |y: Tensor<2>| ops::host_f32(&logit.grad(&(y.clone() * y).sum().backward()).unwrap())[0];
     let fused = gradient(ops::semantic_density(x.clone(), decay(), &cu_seqlens));
     let plain = gradient(plain::semantic_density(x.clone(), decay(), &cu_seqlens));
+    assert!((fused - plain).abs() < 1e-4 * plain.abs().max(1e-2), "{fused} for {plain}");
+}
+
+#[test]
+fn density_of_rows_of_zeros() {
+    // At the beginning of a document, where the moving sum is nothing too, and inside one.
+    let cu_seqlens: Arc<[u32]> = [0, 1, 5, 12].into();
+    let zeros = [0, 1, 2, 8, 11];
+    let mut values = ops::host_f32(&random([12, 6]));
+    zeros.iter().for_each(|row| values[row * 6..][..6].fill(0.0));
+    let (x, logit) = (Tensor::<2>::from_data(TensorData::new(values, [12, 6]), &device()).require_grad(), random([1]));
+    let run = |f: fn(Tensor<2>, Tensor<1>, &Arc<[u32]>) -> Tensor<2>| f(x.clone(), activation::sigmoid(logit.clone()), &cu_seqlens);
+    let density = ops::host_f32(&run(plain::semantic_density));
+    assert!(zeros.iter().all(|&row| density[row] == 1.0) && density.iter().all(|d| d.is_finite()), "{density:?}");
+    agree("density of zeros", run(ops::semantic_density), run(plain::semantic_density), &[&x], &[]);
+    let gradient = |y: Tensor<2>| ops::host_f32(&logit.grad(&y.sum().backward()).unwrap())[0];
+    let (fused, plain) = (gradient(run(ops::semantic_density)), gradient(run(plain::semantic_density)));
+    assert!((fused - plain).abs() < 1e-5, "{fused} for {plain}");
+}
+
+#[test]
+fn density_of_a_text_whose_decay_to_the_power_of_its_length_is_beyond_f32() {
+    // 0.5⁻¹³⁰, of the tokens that come after.
+    let cu_seqlens: Arc<[u32]> = [0, 130].into();
+    let (x, decay) = (random([130, 6]), Tensor::<1>::from_data([0.5f32], &device()).require_grad());
+    let run = |f: fn(Tensor<2>, Tensor<1>, &Arc<[u32]>) -> Tensor<2>| f(x.clone(), decay.clone(), &cu_seqlens);
+    agree("density of a long text", run(ops::semantic_density), run(plain::semantic_density), &[&x], &[]);
+    let gradient = |y: Tensor<2>| ops::host_f32(&decay.grad(&y.square().sum().backward()).unwrap())[0];
+    let (fused, plain) = (gradient(run(ops::semantic_density)), gradient(run(plain::semantic_density)));
     assert!((fused - plain).abs() < 1e-4 * plain.abs().max(1e-2), "{fused} for {plain}");
 }
 
