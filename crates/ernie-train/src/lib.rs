@@ -4,6 +4,7 @@ pub mod data;
 pub mod experts;
 pub mod memory;
 pub mod optimizer;
+mod origin;
 pub mod recipe;
 pub mod routing;
 pub mod schedule;
@@ -14,6 +15,7 @@ pub mod tokenizer_training;
 mod trainer;
 mod validation;
 
+pub use origin::Origin;
 pub use recipe::{Precision, Recipe};
 pub use sweep::Sweep;
 pub use trainer::{Report, TrainError, TrainOptions, export, model_config, train};

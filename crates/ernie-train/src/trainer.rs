@@ -18,6 +18,7 @@ use crate::{
     experts::ExpertUse,
     memory,
     optimizer::{self, AdamW, AdamWConfig},
+    origin::{Origin, recipe_fingerprint},
     recipe::{self, Recipe},
     routing,
     schedule::{Schedule, ScheduleError},
@@ -57,13 +58,17 @@ pub enum TrainError {
     Telemetry(#[from] TelemetryError),
     /// The folder holds a run of another recipe.
     #[error(
-        "{} holds a run of another recipe (or of an earlier version of this one); give `run.out` another folder, or delete that one to \
-         start again",
+        "{} holds a run of another recipe (or of an earlier version of this one): its recipe's hash is {saved}, this one's {given}; give \
+         `run.out` (of a sweep: `out`) another folder, or delete that one to start again",
         out.display()
     )]
     OtherRun {
         /// `run.out`.
         out: PathBuf,
+        /// Hash of the recipe that the run there was begun with, or "unknown".
+        saved: String,
+        /// Hash of the recipe that came.
+        given: String,
     },
     /// Another process trains into the folder.
     #[error("another ernie is training into {}; wait for it, stop it, or give `run.out` another folder", out.display())]
@@ -131,6 +136,9 @@ pub struct Report {
     pub model_dir: PathBuf,
     /// The most memory that this process has had, in bytes, where the system tells (Linux: VmHWM).
     pub peak_rss_bytes: Option<u64>,
+    /// What it was made with, if finished; reports of earlier programs do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 /// Trains the recipe's model, from its last checkpoint if there is one, to its end or until `options.stop`.
@@ -269,7 +277,7 @@ impl<'a> Trainer<'a> {
         let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), reached.as_deref(), state);
         let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
             Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
-                return Err(TrainError::OtherRun { out: recipe.run.out.clone() });
+                return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: position.recipe, given: fingerprint });
             }
             Some(Snapshot { model, position, moments, .. }) => {
                 let stream = open(Some(position.data.clone()))?;
@@ -485,6 +493,7 @@ impl<'a> Trainer<'a> {
             sampling: self.stream.spread(),
             model_dir,
             peak_rss_bytes: memory::peak_rss_bytes(),
+            origin: finished.then(|| Origin::of(self.recipe)),
         }
     }
 }
@@ -512,6 +521,7 @@ fn not_begun(recipe: &Recipe) -> Report {
         sampling: None,
         model_dir: recipe.run.out.clone(),
         peak_rss_bytes: memory::peak_rss_bytes(),
+        origin: None,
     }
 }
 
@@ -527,7 +537,7 @@ fn lock(out: &Path) -> Result<std::fs::File, TrainError> {
     }
 }
 
-fn checkpoints(recipe: &Recipe) -> PathBuf {
+pub(crate) fn checkpoints(recipe: &Recipe) -> PathBuf {
     recipe.run.out.join("checkpoints")
 }
 
@@ -553,22 +563,4 @@ fn router_layer(parameter: &Parameter) -> Option<usize> {
 
 fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
     if value.is_finite() { Ok(()) } else { Err(TrainError::NotFinite { step, what, value }) }
-}
-
-/// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
-fn recipe_fingerprint(recipe: &Recipe) -> String {
-    let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
-    let shape = (recipe.data.sequence_length, recipe.data.batch_size, recipe.data.gradient_accumulation);
-    let arithmetic = (recipe.run.precision, recipe.run.recompute);
-    // As before there was a choice, where there was none: runs of then go on.
-    let json = match (&recipe.curriculum, &recipe.data.priority, arithmetic == Default::default()) {
-        (Some(curriculum), ..) => {
-            let domains: Vec<&str> = recipe.data.source.iter().map(recipe::Source::domain).collect();
-            serde_json::to_string(&(decisive, shape, arithmetic, curriculum, domains))
-        }
-        (None, None, true) => serde_json::to_string(&(decisive, shape)),
-        (None, None, false) => serde_json::to_string(&(decisive, shape, arithmetic)),
-        (None, Some(priority), _) => serde_json::to_string(&(decisive, shape, arithmetic, priority)),
-    };
-    blake3::hash(json.expect("a recipe is plain data").as_bytes()).to_hex()[..32].to_string()
 }

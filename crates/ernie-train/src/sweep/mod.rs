@@ -18,7 +18,7 @@
 //! ```
 //!
 //! All runs have one tokenizer, that of the recipe. A run that was stopped goes on where it was, one that is finished is not run again: stopping and
-//! starting a sweep loses nothing. The first arm is what the others are compared with.
+//! starting a sweep loses nothing. A run of another recipe, finished or not, is refused. The first arm is what the others are compared with.
 mod page;
 mod pictures;
 mod report;
@@ -29,8 +29,10 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 
 use crate::data;
+use crate::origin::{recipe_fingerprint, report_fingerprint};
 use crate::recipe::{self, Recipe};
-use crate::trainer::{self, TrainError, TrainOptions};
+use crate::snapshot;
+use crate::trainer::{self, Report, TrainError, TrainOptions};
 pub use report::{ArmReport, Comparison, RunReport, Spread, SweepReport};
 
 /// A sweep as its file has it.
@@ -187,11 +189,12 @@ impl Sweep {
             if options.stop.load(Ordering::Relaxed) {
                 break;
             }
-            let path = recipe.run.out.join("report.json");
-            if let Some(report) = report::read_run(&path) {
+            if let Some(report) = finished(&recipe)? {
                 runs.push(RunReport::new(arm, seed, report, &recipe.run.out)?);
                 continue;
             }
+            // Of the recipe as it is planned, before it gets the common tokenizer.
+            let fingerprint = report_fingerprint(&recipe);
             say(&format!("run {} of {}: {}", index + 1, planned.len(), recipe.run.name));
             if recipe.tokenizer.path.is_none() {
                 // Its sample depends on the seed, and losses per token compare only under one tokenizer.
@@ -201,11 +204,12 @@ impl Sweep {
                 }
                 recipe.tokenizer.path = tokenizer.clone();
             }
-            let report = trainer::train(&recipe, options)?;
+            let mut report = trainer::train(&recipe, options)?;
             if !report.finished {
                 break;
             }
-            report::write_run(&path, &report)?;
+            report.origin.iter_mut().for_each(|origin| origin.recipe.clone_from(&fingerprint));
+            report::write_run(&report_path(&recipe), &report)?;
             runs.push(RunReport::new(arm, seed, report, &recipe.run.out)?);
             self.write_report(&runs, planned.len())?;
         }
@@ -228,6 +232,24 @@ impl Sweep {
     pub fn illustrate(&self, report: &SweepReport, figures: &[Figure]) -> Result<(), TrainError> {
         Ok(ernie_checkpoint::atomic_write(&self.out.join("report.html"), page::html(report, figures).as_bytes())?)
     }
+}
+
+fn report_path(recipe: &Recipe) -> PathBuf {
+    recipe.run.out.join("report.json")
+}
+
+/// The report of the recipe's run, if that is finished; refused when it is a run of another recipe.
+fn finished(recipe: &Recipe) -> Result<Option<Report>, TrainError> {
+    let Some(report) = report::read_run(&report_path(recipe)) else { return Ok(None) };
+    let (saved, given) = match &report.origin {
+        Some(origin) => (Some(origin.recipe.clone()), report_fingerprint(recipe)),
+        // Of a program that did not say: what its last checkpoint was trained by.
+        None => (snapshot::latest_position(&trainer::checkpoints(recipe))?.map(|position| position.recipe), recipe_fingerprint(recipe)),
+    };
+    if saved.as_ref() == Some(&given) {
+        return Ok(Some(report));
+    }
+    Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.unwrap_or_else(|| "unknown".to_owned()), given })
 }
 
 /// Sets the value under a dotted key, making the tables on its way.

@@ -30,6 +30,7 @@ fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
         sampling: None,
         model_dir: PathBuf::new(),
         peak_rss_bytes: None,
+        origin: None,
     };
     RunReport { arm, seed, report, loss: last.mean(), curve }
 }

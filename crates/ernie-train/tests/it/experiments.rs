@@ -136,6 +136,42 @@ fn a_sweep_trains_every_arm_once_and_compares_them() {
     let mut again = Vec::new();
     assert!(sweep.run(&bench.options(), &mut |doing| again.push(doing.to_owned())).unwrap().finished());
     assert!(again.is_empty(), "{again:?}");
+    finished_runs_are_of_their_recipe(&bench);
+}
+
+/// What is finished stands for the recipe that it was trained by and for no other.
+fn finished_runs_are_of_their_recipe(bench: &Bench) {
+    let run = |from: &str, to: &str| {
+        assert!(SWEEP.contains(from), "{from}");
+        sweep(bench, &SWEEP.replacen(from, to, 1)).unwrap().run(&bench.options(), &mut |doing| panic!("{to}: {doing}"))
+    };
+    let refused = |from: &str, to: &str| match run(from, to) {
+        Err(TrainError::OtherRun { out, saved, given }) => {
+            assert!(out.ends_with("windows/seed-1") && given.len() == 32, "{out:?} {given}");
+            saved
+        }
+        other => panic!("{to}: {other:?}"),
+    };
+    let steps = ("\"run.steps\" = 20", "\"run.steps\" = 21");
+    refused(steps.0, steps.1);
+    // Decides no weight, but what the figures are.
+    refused(steps.0, "\"run.steps\" = 20\n\"run.validate_tokens\" = 128");
+    refused(
+        steps.0,
+        "\"run.steps\" = 20\n\"data.source\" = [{ name = \"grammar\", format = \"separated\", paths = [\"corpus.txt\"], weight = 2.0, licence = \"\" }]",
+    );
+    // Nor how often a checkpoint is written.
+    run(steps.0, "\"run.steps\" = 20\n\"run.checkpoint_every\" = 7").unwrap();
+
+    // A report that does not say: its checkpoint knows.
+    let dir = bench.root.join("sweep/windows/seed-1");
+    let mut report: serde_json::Value = serde_json::from_slice(&fs::read(dir.join("report.json")).unwrap()).unwrap();
+    assert!(report.as_object_mut().unwrap().remove("origin").is_some());
+    fs::write(dir.join("report.json"), report.to_string()).unwrap();
+    run(steps.0, steps.0).unwrap();
+    assert_eq!(refused(steps.0, steps.1).len(), 32);
+    fs::remove_dir_all(dir.join("checkpoints")).unwrap();
+    assert_eq!(refused(steps.0, steps.0), "unknown");
 }
 
 #[test]
