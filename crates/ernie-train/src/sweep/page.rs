@@ -1,4 +1,5 @@
 //! The report as one HTML page: tables and curves, nothing from elsewhere.
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Range;
 
@@ -23,7 +24,7 @@ const ARMS: [RGBColor; 6] = [
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}\
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}\
-th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}svg,img{max-width:100%;height:auto}\
+th:first-child,td:first-child,.text{text-align:left}pre{margin:0;white-space:pre-wrap}figure{margin:1.5rem 0}svg,img{max-width:100%;height:auto}\
 .picture{font:13px system-ui,sans-serif;margin:.5rem 1rem .5rem 0}.picture text{fill:currentColor}.picture line{stroke:currentColor}\
 .cell,.bar{fill:#005aa0}.cell{stroke:#ccc}\
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}th,td{border-color:#444}.cell,.bar{fill:#6cb6ff}.cell{stroke:#444}}";
@@ -54,8 +55,41 @@ pub(super) fn html(report: &SweepReport, figures: &[Figure]) -> String {
         let _ =
             writeln!(page, "<figure><figcaption>{caption}</figcaption><img alt=\"{caption}\" src=\"{}\"></figure>", data_url(&figure.svg));
     }
+    page.push_str(&made_with(report));
     page.push_str("</html>\n");
     page
+}
+
+/// What each arm sets, the recipe below them, and the programs and machines of the runs.
+fn made_with(report: &SweepReport) -> String {
+    let mut out = String::from("<h2>Made with</h2>\n<table><tr><th>arm<th class=\"text\">sets</tr>\n");
+    for arm in &report.arms {
+        let set = if arm.set.is_empty() { "nothing: the recipe as it is".to_owned() } else { toml_text(&arm.set) };
+        let _ = writeln!(out, "<tr><td>{}<td class=\"text\"><pre>{}</pre></tr>", escaped(&arm.name), escaped(set.trim_end()));
+    }
+    out.push_str("</table>\n<ul>\n");
+    // Runs by program, threads and processor; usually all are alike.
+    let mut origins: BTreeMap<String, (usize, &str, &str)> = BTreeMap::new();
+    for origin in report.runs.iter().filter_map(|run| run.report.origin.as_ref()) {
+        let processor = origin.processor.as_deref().unwrap_or("a processor without a name");
+        let place = format!("{}, {} threads, {processor}", origin.program, origin.threads);
+        let (runs, first, last) = origins.entry(place).or_insert((0, &origin.date, &origin.date));
+        (*runs, *first, *last) = (*runs + 1, (*first).min(&origin.date), (*last).max(&origin.date));
+    }
+    for (place, (runs, first, last)) in &origins {
+        let days = if first == last { (*first).to_owned() } else { format!("{first} to {last}") };
+        let _ = writeln!(out, "<li>{runs} runs: {}, {days}</li>", escaped(place));
+    }
+    let silent = report.runs.iter().filter(|run| run.report.origin.is_none()).count();
+    if silent > 0 {
+        let _ = writeln!(out, "<li>{silent} runs: by an earlier program, which did not say</li>");
+    }
+    let _ = writeln!(out, "</ul>\n<details><summary>The recipe</summary><pre>{}</pre></details>", escaped(&toml_text(&report.recipe)));
+    out
+}
+
+fn toml_text(table: &toml::Table) -> String {
+    toml::to_string(table).expect("a table that was read can be written")
 }
 
 /// An SVG document as the address of an image.

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Sweep;
+use super::{Arm, Sweep};
 use crate::telemetry::{Validation, validations};
 use crate::trainer::{Report, TrainError};
 
@@ -57,6 +57,8 @@ pub struct RunReport {
 pub struct ArmReport {
     /// Its name.
     pub name: String,
+    /// What it sets, by dotted keys of the recipe.
+    pub set: toml::Table,
     /// Mean validation loss of the sources.
     pub loss: Option<Spread>,
     /// Validation loss of each source.
@@ -101,6 +103,8 @@ pub struct SweepReport {
     pub name: String,
     /// Runs there will be.
     pub planned: usize,
+    /// The recipe that all arms start from. With which program and on what machine each run was made is in its own `origin`.
+    pub recipe: toml::Table,
     /// The arms, in the sweep's order.
     pub arms: Vec<ArmReport>,
     /// The finished runs.
@@ -148,8 +152,8 @@ impl RunReport {
 
 impl SweepReport {
     pub(super) fn new(sweep: &Sweep, runs: &[RunReport], planned: usize) -> Self {
-        let arms = sweep.arms.iter().enumerate().map(|(index, arm)| ArmReport::new(index, &arm.name, runs));
-        Self { name: sweep.name.clone(), planned, arms: arms.collect(), runs: runs.to_vec() }
+        let arms = sweep.arms.iter().enumerate().map(|(index, arm)| ArmReport::new(index, arm, runs));
+        Self { name: sweep.name.clone(), planned, recipe: sweep.base.clone(), arms: arms.collect(), runs: runs.to_vec() }
     }
 
     /// Whether every run is finished.
@@ -159,13 +163,14 @@ impl SweepReport {
 }
 
 impl ArmReport {
-    fn new(index: usize, name: &str, all: &[RunReport]) -> Self {
+    fn new(index: usize, arm: &Arm, all: &[RunReport]) -> Self {
         let runs: Vec<&RunReport> = all.iter().filter(|run| run.arm == index).collect();
         let spread = |value: &dyn Fn(&RunReport) -> f64| Spread::of(&runs.iter().map(|run| value(run)).collect::<Vec<_>>());
         let pairs: Vec<(&RunReport, &RunReport)> =
             runs.iter().filter_map(|run| Some((*run, all.iter().find(|first| first.arm == 0 && first.seed == run.seed)?))).collect();
         Self {
-            name: name.to_owned(),
+            name: arm.name.clone(),
+            set: arm.set.clone(),
             loss: spread(&|run| run.loss),
             sources: by_source(&runs, loss_of),
             tokens: spread(&|run| run.report.tokens as f64),

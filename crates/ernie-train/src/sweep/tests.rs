@@ -3,6 +3,7 @@ use super::report::{RunReport, Spread};
 use super::*;
 use crate::data::priority::RatioHistogram;
 use crate::experts::ExpertUse;
+use crate::origin::Origin;
 use crate::telemetry::Validation;
 use crate::trainer::Report;
 
@@ -103,4 +104,36 @@ fn pictures_show_what_arms_chose() {
     assert_eq!(page.matches("fill-opacity=\"0.750\"").count(), 1);
     assert!(page.contains("verse &amp; song") && !page.contains("verse & song"));
     assert!(page.contains("0.25 to 0.30: 0 rows") && page.contains("1.00 to 1.19: 2 rows"));
+}
+
+#[test]
+fn the_page_says_what_it_was_made_with() {
+    let mut runs = [run(0, 1, &[4.0, 3.0]), run(1, 1, &[4.0, 3.0]), run(0, 2, &[4.0, 3.5]), run(1, 2, &[4.0, 3.5])];
+    let origin = |date: &str| {
+        let (recipe, program, processor) = ("0".repeat(32), "ernie-rs 1".to_owned(), Some("A & B".to_owned()));
+        Some(Origin { recipe, program, threads: 2, processor, date: date.into() })
+    };
+    runs[0].report.origin = origin("2026-11-28");
+    runs[1].report.origin = origin("2026-11-30");
+    runs[2].report.origin = origin("2026-11-29");
+    let mut report = report(&runs);
+    report.arms[1].set = toml::from_str("\"loss.gate\" = 4.0").unwrap();
+    report.recipe = toml::from_str("[run]\nname = \"a<b\"").unwrap();
+    let page = page::html(&report, &[]);
+    for part in [
+        "<pre>nothing: the recipe as it is</pre>",
+        "<pre>&quot;loss.gate&quot; = 4.0</pre>",
+        "<li>3 runs: ernie-rs 1, 2 threads, A &amp; B, 2026-11-28 to 2026-11-30</li>",
+        "<li>1 runs: by an earlier program, which did not say</li>",
+        "name = &quot;a&lt;b&quot;",
+    ] {
+        assert!(page.contains(part), "{part}: {page}");
+    }
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!((&json["arms"][1]["set"]["loss.gate"], &json["recipe"]["run"]["name"]), (&4.0.into(), &"a<b".into()));
+    // A report of before is still read.
+    let mut saved = serde_json::to_value(&runs[0].report).unwrap();
+    assert_eq!(serde_json::from_value::<Report>(saved.clone()).unwrap(), runs[0].report);
+    saved.as_object_mut().unwrap().remove("origin");
+    assert_eq!(serde_json::from_value::<Report>(saved).unwrap().origin, None);
 }

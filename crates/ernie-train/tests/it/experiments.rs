@@ -131,6 +131,8 @@ fn a_sweep_trains_every_arm_once_and_compares_them() {
     assert!(page.contains("windows &amp; priorities") && page.matches("<svg").count() == 6);
     let json: serde_json::Value = serde_json::from_slice(&fs::read(bench.root.join("sweep/report.json")).unwrap()).unwrap();
     assert_eq!(json["runs"].as_array().unwrap().len(), 6);
+    assert!(json["runs"][5]["origin"]["threads"].as_u64().unwrap() > 0);
+    assert_eq!((&json["arms"][1]["set"]["run.steps"], &json["recipe"]["run"]["steps"]), (&20.into(), &24.into()));
 
     // Nothing is left to do.
     let mut again = Vec::new();
