@@ -7,7 +7,7 @@ use crate::origin::Origin;
 use crate::telemetry::Validation;
 use crate::trainer::Report;
 
-fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
+pub(super) fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
     let point = |(index, &loss): (usize, &f64)| {
         let step = (index as u64 + 1) * 10;
         Validation {
@@ -36,7 +36,7 @@ fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
     RunReport { arm, seed, report, loss: last.mean(), curve }
 }
 
-fn report(runs: &[RunReport]) -> SweepReport {
+pub(super) fn report(runs: &[RunReport]) -> SweepReport {
     let arm = |name: &str| Arm { name: name.into(), set: toml::Table::new() };
     let arms = vec![arm("first"), arm("second")];
     let sweep = Sweep {
