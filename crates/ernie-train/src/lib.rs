@@ -2,6 +2,7 @@
 pub mod curriculum;
 pub mod data;
 pub mod experts;
+pub mod heads;
 pub mod memory;
 pub mod optimizer;
 mod origin;
@@ -19,4 +20,4 @@ pub use origin::Origin;
 pub use recipe::{Precision, Recipe};
 pub use sweep::Sweep;
 pub use trainer::{Report, TrainError, TrainOptions, export, model_config, train};
-pub use validation::evaluate;
+pub use validation::{Validated, evaluate};

@@ -16,6 +16,7 @@ use crate::{
     curriculum::{Curriculum, difficulty},
     data::{self, Prepared, Stream, packing::Batch, priority::Draw, priority::RatioHistogram},
     experts::ExpertUse,
+    heads::HeadUse,
     memory,
     optimizer::{self, AdamW, AdamWConfig},
     origin::{Origin, recipe_fingerprint},
@@ -126,9 +127,9 @@ pub struct Report {
     /// Where the experts' tokens came from at the end, on validation documents; of a finished model with experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<ExpertUse>,
-    /// Share of active heads on validation documents, of each layer with gates, if finished.
+    /// What the gates of each layer that has them did on validation documents, if finished.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub active_heads: Vec<(usize, f64)>,
+    pub active_heads: Vec<HeadUse>,
     /// How rows were drawn at the end, where they are drawn by priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling: Option<RatioHistogram>,
@@ -157,8 +158,8 @@ pub fn train(recipe: &Recipe, options: &TrainOptions) -> Result<Report, TrainErr
         let step = trainer.position.step;
         let last = step == trainer.total_steps;
         if step.is_multiple_of(recipe.run.validate_every) || last {
-            let Validated { losses, experts, .. } = trainer.validate();
-            trainer.telemetry.validation(step, &losses, experts)?;
+            let validated = trainer.validate();
+            trainer.telemetry.validation(step, validated)?;
         }
         if step.is_multiple_of(recipe.run.checkpoint_every) || last {
             trainer.checkpoint()?;

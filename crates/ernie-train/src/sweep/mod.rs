@@ -33,7 +33,7 @@ use crate::origin::{recipe_fingerprint, report_fingerprint};
 use crate::recipe::{self, Recipe};
 use crate::snapshot;
 use crate::trainer::{self, Report, TrainError, TrainOptions};
-pub use report::{ArmReport, Comparison, RunReport, Spread, SweepReport};
+pub use report::{ArmHeads, ArmReport, Comparison, RunReport, Spread, SweepReport};
 
 /// A sweep as its file has it.
 #[derive(Debug, Clone, Serialize, Deserialize)]

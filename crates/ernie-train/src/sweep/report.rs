@@ -73,10 +73,21 @@ pub struct ArmReport {
     pub overlap: Option<Spread>,
     /// Share of the least used expert of any layer, times the number of experts.
     pub least_used: Option<Spread>,
-    /// Share of active heads of each layer with gates, on validation documents.
-    pub active_heads: Vec<(usize, Spread)>,
+    /// What the gates of each layer that has them did on validation documents.
+    pub active_heads: Vec<ArmHeads>,
     /// Against the first arm; none for that itself.
     pub against_first: Option<Comparison>,
+}
+
+/// The gates of one layer over the seeds.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArmHeads {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Share of active heads.
+    pub share: Spread,
+    /// Correlation of a token's density with the number of its active heads, over the seeds in which both change.
+    pub correlation: Option<Spread>,
 }
 
 /// An arm against the first one, seed by seed.
@@ -211,12 +222,14 @@ impl Comparison {
 }
 
 /// Of the layers that the first run has gates in.
-fn active_heads(runs: &[&RunReport]) -> Vec<(usize, Spread)> {
+fn active_heads(runs: &[&RunReport]) -> Vec<ArmHeads> {
     let Some(first) = runs.first() else { return Vec::new() };
-    let share = |run: &&RunReport, layer: usize| run.report.active_heads.iter().find(|(other, _)| *other == layer).map(|(_, share)| *share);
-    let spread =
-        |&(layer, _): &(usize, f64)| Some((layer, Spread::of(&runs.iter().filter_map(|run| share(run, layer)).collect::<Vec<_>>())?));
-    first.report.active_heads.iter().filter_map(spread).collect()
+    let of_layer = |layer: usize| {
+        let heads = || runs.iter().filter_map(move |run| run.report.active_heads.iter().find(|heads| heads.layer == layer));
+        let share = Spread::of(&heads().map(|heads| heads.share).collect::<Vec<_>>())?;
+        Some(ArmHeads { layer, share, correlation: Spread::of(&heads().filter_map(|heads| heads.correlation).collect::<Vec<_>>()) })
+    };
+    first.report.active_heads.iter().filter_map(|heads| of_layer(heads.layer)).collect()
 }
 
 fn loss_of(run: &RunReport, source: &str) -> Option<f64> {

@@ -3,6 +3,7 @@ use super::report::{RunReport, Spread};
 use super::*;
 use crate::data::priority::RatioHistogram;
 use crate::experts::ExpertUse;
+use crate::heads::HeadUse;
 use crate::origin::Origin;
 use crate::telemetry::Validation;
 use crate::trainer::Report;
@@ -87,7 +88,8 @@ fn pictures_show_what_arms_chose() {
     // In the first arm both experts see the same half and half; in the second one each.
     runs[0].report.experts = ExpertUse::new(&domains, [(1, vec![vec![2, 2], vec![2, 2]])]);
     runs[1].report.experts = ExpertUse::new(&domains, [(1, vec![vec![4, 0], vec![0, 4]]), (2, vec![vec![3, 0], vec![1, 4]])]);
-    runs[1].report.active_heads = vec![(0, 0.5), (1, 0.25)];
+    runs[1].report.active_heads =
+        [(0, 0.5, None), (1, 0.25, Some(0.4))].map(|(layer, share, correlation)| HeadUse { layer, share, correlation }).into();
     runs[1].report.sampling = Some(RatioHistogram::of([0.5, 1.0, 1.1, 2.0]));
     let report = report(&runs);
     let [first, second] = &report.arms[..] else { panic!("{} arms", report.arms.len()) };
@@ -103,6 +105,7 @@ fn pictures_show_what_arms_chose() {
     assert_eq!(page.matches("fill-opacity=\"0.500\"").count(), 4);
     assert_eq!(page.matches("fill-opacity=\"0.750\"").count(), 1);
     assert!(page.contains("verse &amp; song") && !page.contains("verse & song"));
+    assert!(page.contains("<tr><td>0<td>0.500<td>–</tr>\n<tr><td>1<td>0.250<td>0.400</tr>"), "{page}");
     assert!(page.contains("0.25 to 0.30: 0 rows") && page.contains("1.00 to 1.19: 2 rows"));
 }
 
@@ -136,4 +139,17 @@ fn the_page_says_what_it_was_made_with() {
     assert_eq!(serde_json::from_value::<Report>(saved.clone()).unwrap(), runs[0].report);
     saved.as_object_mut().unwrap().remove("origin");
     assert_eq!(serde_json::from_value::<Report>(saved).unwrap().origin, None);
+}
+
+#[test]
+fn correlations_of_heads_are_means_over_seeds() {
+    let heads = |share, correlation| vec![HeadUse { layer: 2, share, correlation }];
+    let mut runs = [run(0, 1, &[4.0]), run(0, 2, &[4.0]), run(0, 3, &[4.0])];
+    for (run, (share, correlation)) in runs.iter_mut().zip([(0.5, Some(0.25)), (0.75, Some(0.75)), (1.0, None)]) {
+        run.report.active_heads = heads(share, correlation);
+    }
+    let found = report(&runs).arms[0].active_heads.clone();
+    let [ArmHeads { layer: 2, share, correlation }] = &found[..] else { panic!("{found:?}") };
+    assert_eq!((share.mean, share.runs), (0.75, 3));
+    assert_eq!(*correlation, Some(Spread { mean: 0.5, standard_error: Some(0.25), runs: 2 }));
 }

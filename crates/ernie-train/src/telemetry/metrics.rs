@@ -2,7 +2,8 @@
 //!
 //! Two kinds of line, both with the step and the wall-clock time in seconds since 1970:
 //! `{"kind":"train","step":7,"time":…,"tokens":…,"loss":…,"lr":…,"grad_norm":…,"tok_s":…,…}` and
-//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went.
+//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went, of one with
+//! gated heads also `"heads"`: `[{"layer":0,"share":…,"correlation":…}]`, how many were active, and how far more of them where tokens bring more.
 //! Losses are nats per token. A number that is not finite is
 //! written as `null`, which is what JSON has for it.
 
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::TelemetryError;
-use crate::experts::ExpertUse;
+use crate::validation::Validated;
 
 /// What one optimizer update reports.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,7 +40,7 @@ pub struct StepMetrics {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Record {
     Train { time: f64, metrics: StepMetrics },
-    Validation { time: f64, step: u64, losses: Vec<(String, f64)>, experts: Option<ExpertUse> },
+    Validation { time: f64, step: u64, found: Validated },
 }
 
 /// Keys of a train line that are not `extra`.
@@ -72,11 +73,14 @@ impl Record {
                 }
                 line
             }
-            Self::Validation { time, step, losses, experts } => {
-                let losses: Map<String, Value> = losses.iter().map(|(source, loss)| (source.clone(), json!(loss))).collect();
+            Self::Validation { time, step, found } => {
+                let losses: Map<String, Value> = found.losses.iter().map(|(source, loss)| (source.clone(), json!(loss))).collect();
                 let mut line = json!({"kind": "validation", "step": step, "time": time, "losses": losses});
-                if let Some(experts) = experts {
+                if let Some(experts) = &found.experts {
                     line["experts"] = json!(experts);
+                }
+                if !found.active_heads.is_empty() {
+                    line["heads"] = json!(found.active_heads);
                 }
                 line
             }
@@ -115,13 +119,17 @@ impl Record {
                     .map(|(source, loss)| Some((source.clone(), number(loss)?)))
                     .collect::<Option<Vec<_>>>()
                     .ok_or("`losses` holds something that is not a number")?;
-                let experts = line.get("experts").map(|experts| serde_json::from_value(experts.clone())).transpose();
-                let experts = experts.map_err(|error| format!("`experts`: {error}"))?;
-                Ok(Self::Validation { time, step, losses, experts })
+                let found = Validated { losses, experts: part(&line, "experts")?, active_heads: part(&line, "heads")?.unwrap_or_default() };
+                Ok(Self::Validation { time, step, found })
             }
             _ => Err("`kind` is neither \"train\" nor \"validation\"".to_string()),
         }
     }
+}
+
+/// What a line has under a key, if it has that.
+fn part<T: serde::de::DeserializeOwned>(line: &Map<String, Value>, key: &str) -> Result<Option<T>, String> {
+    line.get(key).map(|value| T::deserialize(value)).transpose().map_err(|error| format!("`{key}`: {error}"))
 }
 
 /// A JSON number, or NaN for the `null` that a number which is not finite was written as.
@@ -198,6 +206,8 @@ fn read_lines(file: &File, path: &Path, last: u64) -> Result<(u64, Vec<Record>),
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::experts::ExpertUse;
+    use crate::heads::HeadUse;
 
     fn train(step: u64) -> Record {
         let metrics = StepMetrics {
@@ -216,8 +226,11 @@ mod tests {
         Record::Validation {
             time: 1.75e9,
             step,
-            losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)],
-            experts: ExpertUse::new(&["a".into()], [(1, vec![vec![3, step]])]),
+            found: Validated {
+                losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)],
+                experts: ExpertUse::new(&["a".into()], [(1, vec![vec![3, step]])]),
+                active_heads: vec![HeadUse { layer: 1, share: 0.75, correlation: (step > 2).then_some(-0.5) }],
+            },
         }
     }
 
@@ -233,12 +246,12 @@ mod tests {
     fn every_line_reads_back_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let records = [train(1), train(2), validation(2), train(3)];
+        let records = [train(1), train(2), validation(2), train(3), validation(3)];
         written(&path, &records);
         let (_, back) = MetricsFile::open(&path, 3).unwrap();
         assert_eq!(back, records);
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().count(), 4);
+        assert_eq!(text.lines().count(), 5);
         let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         assert_eq!(first["loss"], 1.0);
         assert_eq!(first["balance_loss"], 1.01);

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::experts::ExpertUse;
+use crate::heads::HeadUse;
+use crate::validation::Validated;
 use curve::Curve;
 pub use history::{Validation, validations};
 pub use metrics::StepMetrics;
@@ -129,15 +131,14 @@ impl Telemetry {
         Ok(())
     }
 
-    /// Records the validation losses after update `step`, in nats per token, one per source, and where the experts' tokens came from.
+    /// Records what a validation after update `step` found: losses, in nats per token, one per source; where the experts' tokens came from; what gates did.
     ///
     /// # Errors
     /// [`TelemetryError`] when a file cannot be written.
-    pub fn validation<S: AsRef<str>>(&mut self, step: u64, losses: &[(S, f64)], experts: Option<ExpertUse>) -> Result<(), TelemetryError> {
-        let losses: Vec<(String, f64)> = losses.iter().map(|(source, loss)| (source.as_ref().to_string(), *loss)).collect();
-        let mut shown: Vec<String> = losses.iter().map(|(source, loss)| format!("{source} {loss:.4}")).collect();
-        shown.extend(experts.iter().map(|experts| format!("overlap of experts {:.3}", experts.overlap)));
-        self.record(&Record::Validation { time: now(), step, losses, experts })?;
+    pub fn validation(&mut self, step: u64, found: Validated) -> Result<(), TelemetryError> {
+        let mut shown: Vec<String> = found.losses.iter().map(|(source, loss)| format!("{source} {loss:.4}")).collect();
+        shown.extend(found.experts.iter().map(|experts| format!("overlap of experts {:.3}", experts.overlap)));
+        self.record(&Record::Validation { time: now(), step, found })?;
         self.message(&format!("validation at step {step}: {}", shown.join("  ")));
         self.refresh()
     }
@@ -178,14 +179,19 @@ impl Telemetry {
                 let scalars = fixed.into_iter().chain(extra).map(|(name, value)| (format!("train/{name}"), value));
                 self.events.scalars(*time, metrics.step, scalars)
             }
-            Record::Validation { time, step, losses, experts } => {
-                for (source, loss) in losses {
+            Record::Validation { time, step, found } => {
+                for (source, loss) in &found.losses {
                     self.curve.validation(*step, source, *loss);
                 }
+                let losses = found.losses.iter().map(|(source, loss)| (format!("validation/{source}"), *loss));
                 let of_experts = |experts: &ExpertUse| [("overlap", experts.overlap), ("least_used", experts.least_used)];
-                let of_experts = experts.iter().flat_map(of_experts).map(|(name, value)| (format!("experts/{name}"), value));
-                let scalars = losses.iter().map(|(source, loss)| (format!("validation/{source}"), *loss)).chain(of_experts);
-                self.events.scalars(*time, *step, scalars)
+                let of_experts = found.experts.iter().flat_map(of_experts).map(|(name, value)| (format!("experts/{name}"), value));
+                let of_heads = |heads: &HeadUse| {
+                    [("active", Some(heads.share)), ("correlation", heads.correlation)].map(|(name, value)| (heads.layer, name, value))
+                };
+                let of_heads = found.active_heads.iter().flat_map(of_heads);
+                let of_heads = of_heads.filter_map(|(layer, name, value)| Some((format!("heads/{name}_layer_{layer}"), value?)));
+                self.events.scalars(*time, *step, losses.chain(of_experts).chain(of_heads))
             }
         }
     }
@@ -215,7 +221,9 @@ mod tests {
             let metrics = StepMetrics { step, tokens: 100 * step, loss: 9.0 / step as f64, ..StepMetrics::default() };
             telemetry.step(&metrics).unwrap();
             if step.is_multiple_of(5) {
-                telemetry.validation(step, &[("en", 3.0), ("zh", 4.0)], None).unwrap();
+                let losses = vec![("en".to_owned(), 3.0), ("zh".to_owned(), 4.0)];
+                let heads = [0, 1].map(|layer| HeadUse { layer, share: 0.5, correlation: (layer > 0).then_some(0.25) });
+                telemetry.validation(step, Validated { losses, active_heads: heads.into(), ..Validated::default() }).unwrap();
             }
         }
     }

@@ -60,8 +60,14 @@ fn gates_are_brought_to_their_share_and_cost_little() {
     assert!(shares[0] > 0.9 && (last - 0.5).abs() < 0.15, "{last} of the heads are active at last, {} at first", shares[0]);
     assert!(Checkpoint::open(&report.model_dir).unwrap().contains("model.layers.1.self_attn.context_gate.decay"));
     // On validation text the same, layer by layer.
-    let layers = report.active_heads.iter().map(|(_, share)| share).sum::<f64>() / 2.0;
+    let layers = report.active_heads.iter().map(|heads| heads.share).sum::<f64>() / 2.0;
     assert!(report.active_heads.len() == 2 && (layers - last).abs() < 0.1 && plain.active_heads.is_empty(), "{:?}", report.active_heads);
+    // And what the record has at its last validation: correlations where heads open and shut.
+    let text = fs::read_to_string(dir.path().join("gated/metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let recorded = &lines.iter().rfind(|line| line["kind"] == "validation").unwrap()["heads"];
+    assert_eq!(*recorded, serde_json::to_value(&report.active_heads).unwrap());
+    assert!(report.active_heads.iter().any(|heads| heads.correlation.is_some()), "{recorded}");
     // Layers that are computed again for their gradients choose the same heads.
     gated("recomputed", true);
     assert!((active("recomputed")[20] - shares[20]).abs() < 0.02);
