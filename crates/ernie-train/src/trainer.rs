@@ -337,7 +337,10 @@ impl<'a> Trainer<'a> {
         let gain = self.stream.gain();
         let (mut batches, draws): (Vec<PackedBatch>, Vec<Vec<Draw>>) = batches.into_iter().unzip();
         if let Some(curriculum) = &mut self.curriculum {
-            curriculum.begin(step);
+            let assigned = curriculum.begin(step);
+            if !assigned.is_empty() {
+                self.telemetry.assignment(step, assigned)?;
+            }
             batches.iter_mut().enumerate().for_each(|(micro, batch)| curriculum.steer(step, micro, batch));
         }
         let mut outcome = self.gradients(step, &batches);
@@ -453,7 +456,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn validate(&self) -> Validated {
-        validate(self.model(), &self.prepared.corpus, self.recipe)
+        let expert_losses = self.curriculum.as_ref().map_or_else(Vec::new, Curriculum::losses);
+        Validated { expert_losses, ..validate(self.model(), &self.prepared.corpus, self.recipe) }
     }
 
     fn checkpoint(&mut self) -> Result<PathBuf, TrainError> {
@@ -482,7 +486,7 @@ impl<'a> Trainer<'a> {
     fn report(&self, validated: Option<Validated>, model_dir: PathBuf) -> Report {
         let Position { step, tokens, seconds, .. } = self.position;
         let finished = validated.is_some();
-        let Validated { losses, experts, active_heads } = validated.unwrap_or_default();
+        let Validated { losses, experts, active_heads, .. } = validated.unwrap_or_default();
         Report {
             finished,
             steps: step,

@@ -6,6 +6,7 @@ use ernie_checkpoint::Checkpoint;
 use ernie_model::Ernie;
 use ernie_model::steering::NO_DOMAIN;
 
+use crate::curriculum::LayerLosses;
 use crate::data::encoding::Encoder;
 use crate::data::{self, Corpus, Prepared};
 use crate::experts::ExpertUse;
@@ -22,6 +23,8 @@ pub struct Validated {
     pub experts: Option<ExpertUse>,
     /// What the gates of each layer that has them did.
     pub active_heads: Vec<HeadUse>,
+    /// What a curriculum remembers of the training's losses in each expert.
+    pub expert_losses: Vec<LayerLosses>,
 }
 
 /// Mean loss per source of a model on the recipe's validation documents, in nats per token.
@@ -100,5 +103,5 @@ pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Valid
         }
     }
     let active_heads = heads.into_iter().filter_map(|(layer, sums)| sums.of_layer(layer)).collect();
-    Validated { losses, experts: ExpertUse::new(&corpus.domains, counts), active_heads }
+    Validated { losses, experts: ExpertUse::new(&corpus.domains, counts), active_heads, expert_losses: Vec::new() }
 }

@@ -1,9 +1,12 @@
 //! `metrics.jsonl`: one JSON object per line, appended as the run goes; the record that the other views are drawn from.
 //!
-//! Two kinds of line, both with the step and the wall-clock time in seconds since 1970:
+//! Three kinds of line, all with the step and the wall-clock time in seconds since 1970:
 //! `{"kind":"train","step":7,"time":…,"tokens":…,"loss":…,"lr":…,"grad_norm":…,"tok_s":…,…}` and
 //! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went, of one with
-//! gated heads also `"heads"`: `[{"layer":0,"share":…,"correlation":…}]`, how many were active, and how far more of them where tokens bring more.
+//! gated heads also `"heads"`: `[{"layer":0,"share":…,"correlation":…}]`, how many were active, and how far more of them where tokens bring more,
+//! and under a curriculum `"expert_losses"`: `[{"layer":1,"losses":[[…]]}]`, means of the training's tokens by domain and expert. Before the first step of a new
+//! assignment of experts `{"kind":"assignment","step":7,"time":…,"layers":[{"layer":1,"changed":2,"experts":[["DOMAIN"],…]}]}`: how many changed hands, and the
+//! domains of each.
 //! Losses are nats per token. A number that is not finite is
 //! written as `null`, which is what JSON has for it.
 
@@ -15,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::TelemetryError;
+use crate::curriculum::Assigned;
 use crate::validation::Validated;
 
 /// What one optimizer update reports.
@@ -41,6 +45,7 @@ pub struct StepMetrics {
 pub(super) enum Record {
     Train { time: f64, metrics: StepMetrics },
     Validation { time: f64, step: u64, found: Validated },
+    Assignment { time: f64, step: u64, layers: Vec<Assigned> },
 }
 
 /// Keys of a train line that are not `extra`.
@@ -50,7 +55,7 @@ impl Record {
     pub(super) fn step(&self) -> u64 {
         match self {
             Self::Train { metrics, .. } => metrics.step,
-            Self::Validation { step, .. } => *step,
+            Self::Validation { step, .. } | Self::Assignment { step, .. } => *step,
         }
     }
 
@@ -82,8 +87,12 @@ impl Record {
                 if !found.active_heads.is_empty() {
                     line["heads"] = json!(found.active_heads);
                 }
+                if !found.expert_losses.is_empty() {
+                    line["expert_losses"] = json!(found.expert_losses);
+                }
                 line
             }
+            Self::Assignment { time, step, layers } => json!({"kind": "assignment", "step": step, "time": time, "layers": layers}),
         }
     }
 
@@ -119,10 +128,16 @@ impl Record {
                     .map(|(source, loss)| Some((source.clone(), number(loss)?)))
                     .collect::<Option<Vec<_>>>()
                     .ok_or("`losses` holds something that is not a number")?;
-                let found = Validated { losses, experts: part(&line, "experts")?, active_heads: part(&line, "heads")?.unwrap_or_default() };
+                let found = Validated {
+                    losses,
+                    experts: part(&line, "experts")?,
+                    active_heads: part(&line, "heads")?.unwrap_or_default(),
+                    expert_losses: part(&line, "expert_losses")?.unwrap_or_default(),
+                };
                 Ok(Self::Validation { time, step, found })
             }
-            _ => Err("`kind` is neither \"train\" nor \"validation\"".to_string()),
+            Some("assignment") => Ok(Self::Assignment { time, step, layers: part(&line, "layers")?.ok_or("`layers` is missing")? }),
+            _ => Err("`kind` is none of \"train\", \"validation\" and \"assignment\"".to_string()),
         }
     }
 }
@@ -206,6 +221,7 @@ fn read_lines(file: &File, path: &Path, last: u64) -> Result<(u64, Vec<Record>),
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::curriculum::LayerLosses;
     use crate::experts::ExpertUse;
     use crate::heads::HeadUse;
 
@@ -230,8 +246,14 @@ mod tests {
                 losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)],
                 experts: ExpertUse::new(&["a".into()], [(1, vec![vec![3, step]])]),
                 active_heads: vec![HeadUse { layer: 1, share: 0.75, correlation: (step > 2).then_some(-0.5) }],
+                expert_losses: vec![LayerLosses { layer: 1, losses: vec![vec![None, Some(2.5)]] }],
             },
         }
+    }
+
+    fn assignment(step: u64) -> Record {
+        let layers = vec![Assigned { layer: 1, changed: 1, experts: vec![vec!["a".into(), "诗".into()], Vec::new()] }];
+        Record::Assignment { time: 1.75e9, step, layers }
     }
 
     fn written(path: &Path, records: &[Record]) {
@@ -246,12 +268,12 @@ mod tests {
     fn every_line_reads_back_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let records = [train(1), train(2), validation(2), train(3), validation(3)];
+        let records = [train(1), train(2), validation(2), assignment(3), train(3), validation(3)];
         written(&path, &records);
         let (_, back) = MetricsFile::open(&path, 3).unwrap();
         assert_eq!(back, records);
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().count(), 5);
+        assert_eq!(text.lines().count(), 6);
         let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         assert_eq!(first["loss"], 1.0);
         assert_eq!(first["balance_loss"], 1.01);
@@ -261,13 +283,13 @@ mod tests {
     fn resuming_cuts_later_lines_and_a_torn_one_and_appends_after() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        written(&path, &[train(1), train(2), validation(2), train(3)]);
+        written(&path, &[train(1), train(2), validation(2), assignment(3), train(3)]);
         let mut raw = std::fs::read(&path).unwrap();
         raw.extend_from_slice(b"{\"kind\":\"train\",\"st");
         std::fs::write(&path, &raw).unwrap();
 
         let (_, back) = MetricsFile::open(&path, 9).unwrap();
-        assert_eq!(back.len(), 4, "only the torn line goes");
+        assert_eq!(back.len(), 5, "only the torn line goes");
 
         let (mut file, back) = MetricsFile::open(&path, 2).unwrap();
         assert_eq!(back, [train(1), train(2), validation(2)]);
@@ -300,6 +322,7 @@ mod tests {
         for (bad, word) in [
             ("not json", "expected"),
             ("{\"kind\":\"train\",\"step\":-1,\"time\":0}", "step"),
+            ("{\"kind\":\"assignment\",\"step\":1,\"time\":0}", "layers"),
             ("{\"kind\":\"other\",\"step\":1,\"time\":0}", "kind"),
         ] {
             std::fs::write(&path, format!("{bad}\n{}\n", validation(2).to_json())).unwrap();

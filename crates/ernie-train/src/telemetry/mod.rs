@@ -14,6 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::curriculum::Assigned;
 use crate::experts::ExpertUse;
 use crate::heads::HeadUse;
 use crate::validation::Validated;
@@ -143,6 +144,15 @@ impl Telemetry {
         self.refresh()
     }
 
+    /// Records which experts have which domains from update `step` on.
+    ///
+    /// # Errors
+    /// [`TelemetryError`] when a file cannot be written.
+    pub fn assignment(&mut self, step: u64, layers: Vec<Assigned>) -> Result<(), TelemetryError> {
+        self.message(&assignment_line(step, &layers));
+        self.record(&Record::Assignment { time: now(), step, layers })
+    }
+
     /// Shows a line to the user without disturbing the progress bar.
     pub fn message(&self, text: &str) {
         self.progress.message(text);
@@ -193,6 +203,10 @@ impl Telemetry {
                 let of_heads = of_heads.filter_map(|(layer, name, value)| Some((format!("heads/{name}_layer_{layer}"), value?)));
                 self.events.scalars(*time, *step, losses.chain(of_experts).chain(of_heads))
             }
+            Record::Assignment { time, step, layers } => {
+                let changed = layers.iter().map(|layer| layer.changed).sum::<usize>();
+                self.events.scalars(*time, *step, [("experts/changed", changed as f64)])
+            }
         }
     }
 
@@ -201,6 +215,16 @@ impl Telemetry {
         self.events.flush()?;
         self.curve.write()
     }
+}
+
+/// An assignment in one line: of each layer how many experts changed hands, and the domains of each.
+fn assignment_line(step: u64, layers: &[Assigned]) -> String {
+    let of_expert = |domains: &Vec<String>| if domains.is_empty() { "-".to_owned() } else { domains.join("+") };
+    let of_layer = |assigned: &Assigned| {
+        let experts: Vec<String> = assigned.experts.iter().map(of_expert).collect();
+        format!("layer {}, {} changed: {}", assigned.layer, assigned.changed, experts.join(" "))
+    };
+    format!("experts from step {step} on: {}", layers.iter().map(of_layer).collect::<Vec<_>>().join("; "))
 }
 
 /// Seconds since 1970.
@@ -218,6 +242,9 @@ mod tests {
 
     fn run(telemetry: &mut Telemetry, steps: std::ops::RangeInclusive<u64>) {
         for step in steps {
+            if step.is_multiple_of(8) {
+                telemetry.assignment(step, vec![Assigned { layer: 1, changed: 1, experts: vec![vec!["en".into()]] }]).unwrap();
+            }
             let metrics = StepMetrics { step, tokens: 100 * step, loss: 9.0 / step as f64, ..StepMetrics::default() };
             telemetry.step(&metrics).unwrap();
             if step.is_multiple_of(5) {
@@ -234,7 +261,7 @@ mod tests {
         text.lines()
             .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
             .map(|line| {
-                let losses = line.get("losses").or(line.get("loss")).unwrap();
+                let losses = line.get("losses").or(line.get("loss")).or(line.get("layers")).unwrap();
                 (line["step"].as_u64().unwrap(), losses.to_string())
             })
             .collect()
@@ -267,6 +294,19 @@ mod tests {
         assert_eq!(event_files(killed.path()), event_files(whole.path()));
         let svg = |dir: &Path| std::fs::read_to_string(dir.join("loss.svg")).unwrap();
         assert_eq!(svg(killed.path()), svg(whole.path()));
+    }
+
+    #[test]
+    fn an_assignment_is_one_line() {
+        let assigned = |layer, changed, experts: &[&[&str]]| {
+            let names = experts.iter().map(|domains| domains.iter().map(|name| (*name).to_owned()).collect());
+            Assigned { layer, changed, experts: names.collect() }
+        };
+        let layers = [assigned(1, 3, &[&["sea"], &["sea", "town"], &[]]), assigned(2, 0, &[&["town"], &["sea"], &["sea"]])];
+        assert_eq!(
+            assignment_line(7, &layers),
+            "experts from step 7 on: layer 1, 3 changed: sea sea+town -; layer 2, 0 changed: town sea sea"
+        );
     }
 
     #[test]
