@@ -1,9 +1,14 @@
-//! What a finished run was made with: its recipe as a hash, the program, the machine, the day.
+//! What a run is made with: its recipe and its reference model as hashes, the program, the machine, the day.
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ernie_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 
+use crate::curriculum::difficulty::weights_hash;
 use crate::recipe::{self, Recipe, Source};
+use crate::snapshot;
+use crate::trainer::{TrainError, checkpoints};
 
 /// What the figures of a report came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +82,34 @@ pub(crate) fn report_fingerprint(recipe: &Recipe) -> String {
     let measured = (recipe.data.validation_fraction, recipe.run.validate_every, recipe.run.validate_tokens);
     let json = serde_json::to_string(&(recipe_fingerprint(recipe), &recipe.tokenizer, sources, measured));
     hash(&json.expect("a recipe is plain data"))
+}
+
+/// The model by which the recipe's rows are drawn, if there is one.
+fn reference(recipe: &Recipe) -> Option<&Path> {
+    let of_curriculum = recipe.curriculum.as_ref().filter(|staged| staged.uses_difficulty()).and_then(|staged| staged.reference.as_ref());
+    let of_priority = || recipe.data.priority.as_ref().and_then(|priority| priority.reference.as_deref());
+    of_curriculum.map(|reference| reference.model.as_path()).or_else(of_priority)
+}
+
+/// A hash of that model's configuration and weights.
+pub(crate) fn reference_hash(recipe: &Recipe) -> Result<Option<String>, TrainError> {
+    let Some(model) = reference(recipe) else { return Ok(None) };
+    Checkpoint::open(model)?;
+    Ok(Some(weights_hash(model)?.to_hex()[..32].to_string()))
+}
+
+/// Refuses to go on with what is in the recipe's folder when that was begun with another recipe or another reference than those of these hashes.
+pub(crate) fn refuse_another(recipe: &Recipe, fingerprint: &str, reference_hash: Option<&str>) -> Result<(), TrainError> {
+    let Some(saved) = snapshot::latest_position(&checkpoints(recipe))? else { return Ok(()) };
+    if saved.recipe != fingerprint {
+        return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.recipe, given: fingerprint.to_owned() });
+    }
+    match (reference(recipe), saved.reference, reference_hash) {
+        (Some(model), Some(saved), Some(given)) if saved != given => {
+            Err(TrainError::OtherReference { model: model.to_path_buf(), saved, given: given.to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn hash(text: &str) -> String {

@@ -59,6 +59,9 @@ pub struct Position {
     /// What a curriculum has learned of the experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub curriculum: Option<RoutingState>,
+    /// Hash of the reference model's configuration and weights, where priorities or a curriculum go by one; checkpoints of earlier programs do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
     /// Hash of the recipe's parts that decide the result; a changed recipe must not continue an old run.
     pub recipe: String,
 }

@@ -19,7 +19,7 @@ use crate::{
     heads::HeadUse,
     memory,
     optimizer::{self, AdamW, AdamWConfig},
-    origin::{Origin, recipe_fingerprint},
+    origin::{Origin, recipe_fingerprint, reference_hash, refuse_another},
     recipe::{self, Recipe},
     routing,
     schedule::{Schedule, ScheduleError},
@@ -69,6 +69,20 @@ pub enum TrainError {
         /// Hash of the recipe that the run there was begun with, or "unknown".
         saved: String,
         /// Hash of the recipe that came.
+        given: String,
+    },
+    /// The reference model that the run was begun with has been replaced.
+    #[error(
+        "the run was begun with another model in {}: the hash of its weights was {saved} and is {given}; put that model back, or give \
+         `run.out` another folder to start a run with this one",
+        model.display()
+    )]
+    OtherReference {
+        /// Directory of the reference.
+        model: PathBuf,
+        /// Hash of the weights that the run was begun with.
+        saved: String,
+        /// Hash of the weights that are there.
         given: String,
     },
     /// Another process trains into the folder.
@@ -252,6 +266,8 @@ impl<'a> Trainer<'a> {
                 eprintln!("{doing}");
             }
         };
+        let (fingerprint, reference) = (recipe_fingerprint(recipe), reference_hash(recipe)?);
+        refuse_another(recipe, &fingerprint, reference.as_deref())?;
         let prepared = data::prepare(recipe, &root, &mut say)?;
         let staged = recipe.curriculum.as_ref();
         let difficulty = match staged.filter(|staged| staged.uses_difficulty()).and_then(|staged| staged.reference.as_ref()) {
@@ -265,7 +281,6 @@ impl<'a> Trainer<'a> {
             None => None,
             Some(reference) => Some(reached(recipe, reference, &prepared, &mut say)?),
         };
-        let fingerprint = recipe_fingerprint(recipe);
         let (length, seed) = (recipe.data.sequence_length, recipe.run.seed);
         let adamw = AdamWConfig {
             beta1: recipe.optimizer.beta1,
@@ -277,14 +292,11 @@ impl<'a> Trainer<'a> {
         let device = ernie_model::training_device();
         let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), reached.as_deref(), state);
         let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
-            Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
-                return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: position.recipe, given: fingerprint });
-            }
             Some(Snapshot { model, position, moments, .. }) => {
                 let stream = open(Some(position.data.clone()))?;
                 optimizer.step = position.step;
                 optimizer.moments = moments;
-                (Ernie::load(&model, &device)?, stream, position)
+                (Ernie::load(&model, &device)?, stream, Position { reference, ..position })
             }
             None => {
                 let stream = open(None)?;
@@ -295,6 +307,7 @@ impl<'a> Trainer<'a> {
                     data: stream.state().clone(),
                     unlogged: Unlogged::default(),
                     curriculum: None,
+                    reference,
                     recipe: fingerprint,
                 };
                 (Ernie::init(&config, &device, seed), stream, position)

@@ -1,5 +1,6 @@
 //! Experiments: rows drawn by priority, layers that see a window, and sweeps over both.
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use super::run::{Bench, bits};
@@ -35,6 +36,67 @@ fn drawing_by_priority_learns_and_goes_on_to_the_same_bits() {
     let mut other = recipe("drawn");
     other.data.priority.as_mut().unwrap().alpha = 0.5;
     assert!(matches!(train(&other, &bench.options()).unwrap_err(), TrainError::OtherRun { .. }));
+}
+
+#[test]
+fn a_run_keeps_the_reference_it_was_begun_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let model = train(&bench.recipe("reference", 40), &bench.options()).unwrap().model_dir;
+    let recipe = |out: &str, reference: &Path| {
+        let mut recipe = bench.recipe(out, 30);
+        recipe.data.priority = Some(PriorityConfig { reference: Some(reference.to_path_buf()), ..PriorityConfig::default() });
+        recipe
+    };
+    let report = train(&recipe("drawn", &model), &bench.options()).unwrap();
+    let (drawn, newest) = (dir.path().join("drawn"), dir.path().join("drawn/checkpoints/step-00000030"));
+    let whole = bits(&report.model_dir);
+    let kill = || {
+        // As if killed after step 27.
+        fs::remove_dir_all(&newest).unwrap();
+        fs::remove_dir_all(drawn.join("model")).unwrap();
+    };
+    kill();
+    assert_eq!(bits(&train(&recipe("drawn", &model), &bench.options()).unwrap().model_dir), whole);
+    // It matters what the reference is: from the first draws on, rows are others without one.
+    let mut without = recipe("without", &model);
+    without.data.priority.as_mut().unwrap().reference = None;
+    assert_ne!(bits(&train(&without, &bench.options()).unwrap().model_dir), whole);
+
+    // Another model in the same place.
+    kill();
+    let kept = dir.path().join("kept");
+    fs::rename(&model, &kept).unwrap();
+    let other = train(&bench.recipe("reference-of-20", 20), &bench.options()).unwrap().model_dir;
+    fs::rename(&other, &model).unwrap();
+    let error = train(&recipe("drawn", &model), &bench.options()).unwrap_err();
+    assert!(matches!(error, TrainError::OtherReference { .. }) && error.to_string().contains("reference"), "{error}");
+    // A checkpoint that does not say which it was goes on, and says so from then on.
+    let state = drawn.join("checkpoints/step-00000027/trainer.json");
+    let mut position: serde_json::Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    fs::rename(&model, &other).unwrap();
+    fs::rename(&kept, &model).unwrap();
+    assert_eq!(position.as_object_mut().unwrap().remove("reference").unwrap().as_str().unwrap().len(), 32);
+    fs::write(&state, position.to_string()).unwrap();
+    assert_eq!(bits(&train(&recipe("drawn", &model), &bench.options()).unwrap().model_dir), whole);
+    assert!(fs::read_to_string(newest.join("trainer.json")).unwrap().contains("\"reference\""));
+
+    // References that cannot be used.
+    let refused = |reference: &Path, change: &dyn Fn(&mut Recipe)| {
+        let mut recipe = recipe("refused", reference);
+        change(&mut recipe);
+        train(&recipe, &bench.options()).unwrap_err().to_string()
+    };
+    assert!(refused(&dir.path().join("absent"), &|_| {}).contains("absent"));
+    let small = |out: &str, change: &dyn Fn(&mut Recipe)| {
+        let mut recipe = bench.recipe(out, 3);
+        change(&mut recipe);
+        train(&recipe, &bench.options()).unwrap().model_dir
+    };
+    let other = small("other-pieces", &|recipe| recipe.tokenizer.max_piece_chars = 2);
+    assert!(refused(&other, &|_| {}).contains("another tokenizer"));
+    let short = small("short", &|recipe| recipe.model["max_position_embeddings"] = 32.into());
+    assert!(refused(&short, &|recipe| recipe.data.sequence_length = 64).contains("made for 32 tokens"));
 }
 
 #[test]
