@@ -45,7 +45,8 @@ fn a_run_keeps_the_reference_it_was_begun_with() {
     let model = train(&bench.recipe("reference", 40), &bench.options()).unwrap().model_dir;
     let recipe = |out: &str, reference: &Path| {
         let mut recipe = bench.recipe(out, 30);
-        recipe.data.priority = Some(PriorityConfig { reference: Some(reference.to_path_buf()), ..PriorityConfig::default() });
+        recipe.data.priority =
+            Some(PriorityConfig { reference: Some(reference.to_path_buf()), least_gain: 1.0, ..PriorityConfig::default() });
         recipe
     };
     let report = train(&recipe("drawn", &model), &bench.options()).unwrap();
