@@ -70,7 +70,8 @@ pub struct Stage {
     /// Steered: weight of the loss that teaches routers to choose so by themselves.
     #[serde(default = "default_pull")]
     pub pull: f64,
-    /// Steered: steps after which experts are assigned anew.
+    /// Steered: steps after which experts are assigned anew. They are also assigned at the stage's first step, however large this is: a steered stage after a
+    /// steered one begins with a new assignment.
     #[serde(default = "default_reassign_every")]
     pub reassign_every: u64,
 }

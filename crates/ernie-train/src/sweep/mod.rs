@@ -26,6 +26,7 @@ mod report;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
+use ernie_checkpoint::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use crate::data;
@@ -124,6 +125,10 @@ impl Sweep {
             }
         }
         for planned in self.runs()? {
+            if planned.recipe.data.validation_fraction == 0.0 {
+                let (problem, fix) = ("runs are compared by validation losses, and it is 0".into(), "give it above 0".into());
+                return Err(self.of_arm(planned.arm, recipe::Error::Invalid { key: "data.validation_fraction".into(), problem, fix }));
+            }
             trainer::model_config(&planned.recipe).map_err(|error| match error {
                 TrainError::Recipe(error) => self.of_arm(planned.arm, error),
                 error => recipe::Error::Invalid {
@@ -185,6 +190,7 @@ impl Sweep {
         let planned = self.runs()?;
         let mut runs = Vec::new();
         let mut tokenizer = None;
+        let mut text_is_checked = false;
         for (index, Planned { arm, seed, mut recipe }) in planned.iter().cloned().enumerate() {
             if options.stop.load(Ordering::Relaxed) {
                 break;
@@ -204,6 +210,9 @@ impl Sweep {
                 }
                 recipe.tokenizer.path = tokenizer.clone();
             }
+            if !std::mem::replace(&mut text_is_checked, true) {
+                self.check_text(&planned, tokenizer.as_deref())?;
+            }
             let mut report = trainer::train(&recipe, options)?;
             if !report.finished {
                 break;
@@ -214,6 +223,25 @@ impl Sweep {
             self.write_report(&runs, planned.len())?;
         }
         self.write_report(&runs, planned.len())
+    }
+
+    /// Refuses a text that is longer than what the models that will be shown on it are made for, before any of them is trained. `common` is the tokenizer of
+    /// the recipes that name none.
+    fn check_text(&self, planned: &[Planned], common: Option<&Path>) -> Result<(), TrainError> {
+        let Some(text) = &self.text else { return Ok(()) };
+        for Planned { arm, recipe, .. } in planned.iter().filter(|planned| planned.seed == self.seeds[0]) {
+            let config = trainer::model_config(recipe)?;
+            let Some(dir) = recipe.tokenizer.path.as_deref().or(common) else { continue };
+            let unusable =
+                |error: ernie_checkpoint::TokenizerError| data::Error::Tokenizer { origin: dir.to_path_buf(), problem: error.to_string() };
+            let tokens = Tokenizer::from_dir(dir).and_then(|tokenizer| tokenizer.encode(text, true)).map_err(unusable)?.len();
+            let limit = config.max_position_embeddings;
+            if (config.moe.is_some() || config.mechanisms.context_gate.is_some()) && tokens > limit {
+                let problem = format!("it has {tokens} tokens, and the model of arm `{}` is made for {limit}", self.arms[*arm].name);
+                return Err(recipe::Error::Invalid { key: "text".into(), problem, fix: "shorten it".into() }.into());
+            }
+        }
+        Ok(())
     }
 
     fn write_report(&self, runs: &[RunReport], planned: usize) -> Result<SweepReport, TrainError> {

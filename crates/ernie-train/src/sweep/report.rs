@@ -4,6 +4,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{Arm, Sweep};
+use crate::recipe;
 use crate::telemetry::{Validation, validations};
 use crate::trainer::{Report, TrainError};
 
@@ -136,7 +137,12 @@ impl RunReport {
     pub(super) fn new(arm: usize, seed: u64, report: Report, dir: &Path) -> Result<Self, TrainError> {
         let curve = validations(dir)?;
         let losses = &report.validation;
-        let loss = losses.iter().map(|(_, loss)| loss).sum::<f64>() / losses.len().max(1) as f64;
+        if losses.is_empty() {
+            let problem = format!("the run in {} has no validation documents, so that there is nothing to compare", dir.display());
+            let fix = "raise it, or give more text".into();
+            return Err(recipe::Error::Invalid { key: "data.validation_fraction".into(), problem, fix }.into());
+        }
+        let loss = losses.iter().map(|(_, loss)| loss).sum::<f64>() / losses.len() as f64;
         Ok(Self { arm, seed, report, loss, curve })
     }
 

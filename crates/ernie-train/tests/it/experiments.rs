@@ -260,10 +260,35 @@ fn a_sweep_that_cannot_run_is_refused_at_once() {
         ("sliding_window = 8", "sliding_windows = 8", "sliding_windows"),
         ("recipe = \"base.toml\"", "recipe = \"none.toml\"", "none.toml"),
         ("[arm.set]", "[arm.sets]", "sets"),
+        ("\"run.steps\" = 20", "\"data.validation_fraction\" = 0.0", "data.validation_fraction` of arm `windows"),
     ] {
         let error = sweep(&bench, &SWEEP.replacen(from, to, 1)).map(|_| ()).expect_err(said).to_string();
         assert!(error.contains(said), "{to}: {error}");
     }
+}
+
+#[test]
+fn a_sweep_without_what_it_shows_is_refused_before_it_costs_much() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = Bench::new(dir.path());
+    let with_text = |words: usize| {
+        let text = format!("out = \"OUT\"\ntext = \"{}\"", "the cat sees a ball. ".repeat(words));
+        sweep(&bench, &SWEEP.replacen("out = \"OUT\"", &text, 1)).unwrap()
+    };
+    let mut said = Vec::new();
+    let error = with_text(200).run(&bench.options(), &mut |doing| said.push(doing.to_owned())).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("`text`") && error.contains("arm `as it is` is made for 64"), "{error}");
+    assert!(!bench.root.join("sweep/as-it-is/seed-1/metrics.jsonl").exists());
+    // One that fits is no obstacle; the run is stopped before its first step.
+    let options = bench.options();
+    assert!(!with_text(1).run(&options, &mut |_| options.stop.store(true, Ordering::Relaxed)).unwrap().finished());
+    assert!(bench.root.join("sweep/as-it-is/seed-1/metrics.jsonl").exists());
+
+    // A split that leaves no document for validation is known after a run, which is not then taken for a loss of 0.
+    let tiny = SWEEP.replacen("\"run.steps\" = 20", "\"run.steps\" = 8\n\"data.validation_fraction\" = 1e-9", 1);
+    let tiny = tiny.replacen("[[arm]]\nname = \"as it is\"\n", "", 1);
+    let error = sweep(&bench, &tiny).unwrap().run(&bench.options(), &mut |_| {}).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("no validation documents"), "{error}");
 }
 
 #[test]

@@ -168,6 +168,24 @@ fn without_anything_to_gain_rows_are_drawn_by_their_shares() {
 }
 
 #[test]
+fn the_least_priority_is_that_of_a_scan_over_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let config = PriorityConfig { staleness: 10, ..PriorityConfig::default() };
+    let mut sampler = sampler(&corpus, config.clone());
+    let scan = |sampler: &PrioritySampler| (0..sampler.rows.len()).map(|row| sampler.relative_of(row)).fold(f64::INFINITY, f64::min);
+    let mut seen = std::collections::BTreeSet::new();
+    for step in 1..80 {
+        visit(&mut sampler, step..step + 1);
+        assert_eq!(sampler.least_relative(), scan(&sampler), "step {step}");
+        seen.insert(sampler.least_relative().to_bits());
+    }
+    assert!(seen.len() > 5, "{} values", seen.len());
+    let resumed = PrioritySampler::resume(corpus.clone(), config, sampler.state().clone(), SHAPE, vec![0.0; corpus.sources.len()]).unwrap();
+    assert_eq!(resumed.least_relative(), scan(&resumed));
+}
+
+#[test]
 fn old_losses_are_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let corpus = prepared(dir.path()).1.corpus;
