@@ -191,11 +191,13 @@ impl Sweep {
         let mut runs = Vec::new();
         let mut tokenizer = None;
         let mut text_is_checked = false;
-        for (index, Planned { arm, seed, mut recipe }) in planned.iter().cloned().enumerate() {
+        // All of them first: what is of another recipe is refused before anything is trained.
+        let done = planned.iter().map(|planned| finished(&planned.recipe)).collect::<Result<Vec<_>, _>>()?;
+        for (index, (Planned { arm, seed, mut recipe }, done)) in planned.iter().cloned().zip(done).enumerate() {
             if options.stop.load(Ordering::Relaxed) {
                 break;
             }
-            if let Some(report) = finished(&recipe)? {
+            if let Some(report) = done {
                 runs.push(RunReport::new(arm, seed, report, &recipe.run.out)?);
                 continue;
             }

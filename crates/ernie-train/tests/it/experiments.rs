@@ -225,6 +225,11 @@ fn finished_runs_are_of_their_recipe(bench: &Bench) {
     };
     let steps = ("\"run.steps\" = 20", "\"run.steps\" = 21");
     refused(steps.0, steps.1);
+    // Also when a run before it would be trained first.
+    let [first, away] = ["report.json", "away.json"].map(|name| bench.root.join("sweep/as-it-is/seed-1").join(name));
+    fs::rename(&first, &away).unwrap();
+    refused(steps.0, steps.1);
+    fs::rename(&away, &first).unwrap();
     // Decides no weight, but what the figures are.
     refused(steps.0, "\"run.steps\" = 20\n\"run.validate_tokens\" = 128");
     refused(
