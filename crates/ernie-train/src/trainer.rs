@@ -469,7 +469,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn validate(&self) -> Validated {
-        let expert_losses = self.curriculum.as_ref().map_or_else(Vec::new, Curriculum::losses);
+        let expert_losses = self.curriculum.as_ref().map(Curriculum::losses).unwrap_or_default();
         Validated { expert_losses, ..validate(self.model(), &self.prepared.corpus, self.recipe) }
     }
 

@@ -219,7 +219,9 @@ impl Sweep {
             if !report.finished {
                 break;
             }
-            report.origin.iter_mut().for_each(|origin| origin.recipe.clone_from(&fingerprint));
+            if let Some(origin) = &mut report.origin {
+                origin.recipe = fingerprint;
+            }
             report::write_run(&report_path(&recipe), &report)?;
             runs.push(RunReport::new(arm, seed, report, &recipe.run.out)?);
             self.write_report(&runs, planned.len())?;
