@@ -2,8 +2,10 @@
 pub mod curriculum;
 pub mod data;
 pub mod experts;
+pub mod heads;
 pub mod memory;
 pub mod optimizer;
+mod origin;
 pub mod recipe;
 pub mod routing;
 pub mod schedule;
@@ -14,7 +16,8 @@ pub mod tokenizer_training;
 mod trainer;
 mod validation;
 
+pub use origin::Origin;
 pub use recipe::{Precision, Recipe};
 pub use sweep::Sweep;
 pub use trainer::{Report, TrainError, TrainOptions, export, model_config, train};
-pub use validation::evaluate;
+pub use validation::{Validated, evaluate};

@@ -59,6 +59,9 @@ pub struct Position {
     /// What a curriculum has learned of the experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub curriculum: Option<RoutingState>,
+    /// Hash of the reference model's configuration and weights, where priorities or a curriculum go by one; checkpoints of earlier programs do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
     /// Hash of the recipe's parts that decide the result; a changed recipe must not continue an old run.
     pub recipe: String,
 }
@@ -170,6 +173,17 @@ pub fn read_latest(root: &Path) -> Result<Option<Snapshot>, SnapshotError> {
     }
 }
 
+/// Where the trainer was at the newest checkpoint under `root`, without its weights.
+///
+/// # Errors
+/// If it cannot be read or is damaged.
+pub fn latest_position(root: &Path) -> Result<Option<Position>, SnapshotError> {
+    if !root.exists() {
+        return Ok(None);
+    }
+    list(root)?.pop().map(|(_, path)| read_position(&path)).transpose()
+}
+
 /// Copies the tokenizer files of one folder into another.
 ///
 /// # Errors
@@ -185,10 +199,14 @@ pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<(), SnapshotError> {
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Snapshot, SnapshotError> {
+fn read_position(path: &Path) -> Result<Position, SnapshotError> {
     let file = path.join(POSITION);
     let bytes = fs::read(&file).map_err(|source| io(&file, source))?;
-    let position = serde_json::from_slice(&bytes).map_err(|error| corrupt(&file, error))?;
+    serde_json::from_slice(&bytes).map_err(|error| corrupt(&file, error))
+}
+
+fn read(path: &Path) -> Result<Snapshot, SnapshotError> {
+    let position = read_position(path)?;
     let model = Checkpoint::open(path)?;
     let moments = read_moments(&path.join(MOMENTS))?;
     Ok(Snapshot { model, position, moments, path: path.to_path_buf() })

@@ -16,8 +16,10 @@ use crate::{
     curriculum::{Curriculum, difficulty},
     data::{self, Prepared, Stream, packing::Batch, priority::Draw, priority::RatioHistogram},
     experts::ExpertUse,
+    heads::HeadUse,
     memory,
     optimizer::{self, AdamW, AdamWConfig},
+    origin::{Origin, recipe_fingerprint, reference_hash, refuse_another},
     recipe::{self, Recipe},
     routing,
     schedule::{Schedule, ScheduleError},
@@ -57,13 +59,31 @@ pub enum TrainError {
     Telemetry(#[from] TelemetryError),
     /// The folder holds a run of another recipe.
     #[error(
-        "{} holds a run of another recipe (or of an earlier version of this one); give `run.out` another folder, or delete that one to \
-         start again",
+        "{} holds a run of another recipe (or of an earlier version of this one): its recipe's hash is {saved}, this one's {given}; give \
+         `run.out` (of a sweep: `out`) another folder, or delete that one to start again",
         out.display()
     )]
     OtherRun {
         /// `run.out`.
         out: PathBuf,
+        /// Hash of the recipe that the run there was begun with, or "unknown".
+        saved: String,
+        /// Hash of the recipe that came.
+        given: String,
+    },
+    /// The reference model that the run was begun with has been replaced.
+    #[error(
+        "the run was begun with another model in {}: the hash of its weights was {saved} and is {given}; put that model back, or give \
+         `run.out` another folder to start a run with this one",
+        model.display()
+    )]
+    OtherReference {
+        /// Directory of the reference.
+        model: PathBuf,
+        /// Hash of the weights that the run was begun with.
+        saved: String,
+        /// Hash of the weights that are there.
+        given: String,
     },
     /// Another process trains into the folder.
     #[error("another ernie is training into {}; wait for it, stop it, or give `run.out` another folder", out.display())]
@@ -121,9 +141,9 @@ pub struct Report {
     /// Where the experts' tokens came from at the end, on validation documents; of a finished model with experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<ExpertUse>,
-    /// Share of active heads on validation documents, of each layer with gates, if finished.
+    /// What the gates of each layer that has them did on validation documents, if finished.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub active_heads: Vec<(usize, f64)>,
+    pub active_heads: Vec<HeadUse>,
     /// How rows were drawn at the end, where they are drawn by priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling: Option<RatioHistogram>,
@@ -131,6 +151,9 @@ pub struct Report {
     pub model_dir: PathBuf,
     /// The most memory that this process has had, in bytes, where the system tells (Linux: VmHWM).
     pub peak_rss_bytes: Option<u64>,
+    /// What it was made with, if finished; reports of earlier programs do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 /// Trains the recipe's model, from its last checkpoint if there is one, to its end or until `options.stop`.
@@ -149,8 +172,8 @@ pub fn train(recipe: &Recipe, options: &TrainOptions) -> Result<Report, TrainErr
         let step = trainer.position.step;
         let last = step == trainer.total_steps;
         if step.is_multiple_of(recipe.run.validate_every) || last {
-            let Validated { losses, experts, .. } = trainer.validate();
-            trainer.telemetry.validation(step, &losses, experts)?;
+            let validated = trainer.validate();
+            trainer.telemetry.validation(step, validated)?;
         }
         if step.is_multiple_of(recipe.run.checkpoint_every) || last {
             trainer.checkpoint()?;
@@ -243,6 +266,8 @@ impl<'a> Trainer<'a> {
                 eprintln!("{doing}");
             }
         };
+        let (fingerprint, reference) = (recipe_fingerprint(recipe), reference_hash(recipe)?);
+        refuse_another(recipe, &fingerprint, reference.as_deref())?;
         let prepared = data::prepare(recipe, &root, &mut say)?;
         let staged = recipe.curriculum.as_ref();
         let difficulty = match staged.filter(|staged| staged.uses_difficulty()).and_then(|staged| staged.reference.as_ref()) {
@@ -256,7 +281,6 @@ impl<'a> Trainer<'a> {
             None => None,
             Some(reference) => Some(reached(recipe, reference, &prepared, &mut say)?),
         };
-        let fingerprint = recipe_fingerprint(recipe);
         let (length, seed) = (recipe.data.sequence_length, recipe.run.seed);
         let adamw = AdamWConfig {
             beta1: recipe.optimizer.beta1,
@@ -268,14 +292,11 @@ impl<'a> Trainer<'a> {
         let device = ernie_model::training_device();
         let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), reached.as_deref(), state);
         let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
-            Some(Snapshot { position, .. }) if position.recipe != fingerprint => {
-                return Err(TrainError::OtherRun { out: recipe.run.out.clone() });
-            }
             Some(Snapshot { model, position, moments, .. }) => {
                 let stream = open(Some(position.data.clone()))?;
                 optimizer.step = position.step;
                 optimizer.moments = moments;
-                (Ernie::load(&model, &device)?, stream, position)
+                (Ernie::load(&model, &device)?, stream, Position { reference, ..position })
             }
             None => {
                 let stream = open(None)?;
@@ -286,6 +307,7 @@ impl<'a> Trainer<'a> {
                     data: stream.state().clone(),
                     unlogged: Unlogged::default(),
                     curriculum: None,
+                    reference,
                     recipe: fingerprint,
                 };
                 (Ernie::init(&config, &device, seed), stream, position)
@@ -328,7 +350,10 @@ impl<'a> Trainer<'a> {
         let gain = self.stream.gain();
         let (mut batches, draws): (Vec<PackedBatch>, Vec<Vec<Draw>>) = batches.into_iter().unzip();
         if let Some(curriculum) = &mut self.curriculum {
-            curriculum.begin(step);
+            let assigned = curriculum.begin(step);
+            if !assigned.is_empty() {
+                self.telemetry.assignment(step, assigned)?;
+            }
             batches.iter_mut().enumerate().for_each(|(micro, batch)| curriculum.steer(step, micro, batch));
         }
         let mut outcome = self.gradients(step, &batches);
@@ -444,7 +469,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn validate(&self) -> Validated {
-        validate(self.model(), &self.prepared.corpus, self.recipe)
+        let expert_losses = self.curriculum.as_ref().map(Curriculum::losses).unwrap_or_default();
+        Validated { expert_losses, ..validate(self.model(), &self.prepared.corpus, self.recipe) }
     }
 
     fn checkpoint(&mut self) -> Result<PathBuf, TrainError> {
@@ -473,7 +499,7 @@ impl<'a> Trainer<'a> {
     fn report(&self, validated: Option<Validated>, model_dir: PathBuf) -> Report {
         let Position { step, tokens, seconds, .. } = self.position;
         let finished = validated.is_some();
-        let Validated { losses, experts, active_heads } = validated.unwrap_or_default();
+        let Validated { losses, experts, active_heads, .. } = validated.unwrap_or_default();
         Report {
             finished,
             steps: step,
@@ -485,6 +511,7 @@ impl<'a> Trainer<'a> {
             sampling: self.stream.spread(),
             model_dir,
             peak_rss_bytes: memory::peak_rss_bytes(),
+            origin: finished.then(|| Origin::of(self.recipe)),
         }
     }
 }
@@ -512,6 +539,7 @@ fn not_begun(recipe: &Recipe) -> Report {
         sampling: None,
         model_dir: recipe.run.out.clone(),
         peak_rss_bytes: memory::peak_rss_bytes(),
+        origin: None,
     }
 }
 
@@ -527,7 +555,7 @@ fn lock(out: &Path) -> Result<std::fs::File, TrainError> {
     }
 }
 
-fn checkpoints(recipe: &Recipe) -> PathBuf {
+pub(crate) fn checkpoints(recipe: &Recipe) -> PathBuf {
     recipe.run.out.join("checkpoints")
 }
 
@@ -553,22 +581,4 @@ fn router_layer(parameter: &Parameter) -> Option<usize> {
 
 fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
     if value.is_finite() { Ok(()) } else { Err(TrainError::NotFinite { step, what, value }) }
-}
-
-/// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
-fn recipe_fingerprint(recipe: &Recipe) -> String {
-    let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
-    let shape = (recipe.data.sequence_length, recipe.data.batch_size, recipe.data.gradient_accumulation);
-    let arithmetic = (recipe.run.precision, recipe.run.recompute);
-    // As before there was a choice, where there was none: runs of then go on.
-    let json = match (&recipe.curriculum, &recipe.data.priority, arithmetic == Default::default()) {
-        (Some(curriculum), ..) => {
-            let domains: Vec<&str> = recipe.data.source.iter().map(recipe::Source::domain).collect();
-            serde_json::to_string(&(decisive, shape, arithmetic, curriculum, domains))
-        }
-        (None, None, true) => serde_json::to_string(&(decisive, shape)),
-        (None, None, false) => serde_json::to_string(&(decisive, shape, arithmetic)),
-        (None, Some(priority), _) => serde_json::to_string(&(decisive, shape, arithmetic, priority)),
-    };
-    blake3::hash(json.expect("a recipe is plain data").as_bytes()).to_hex()[..32].to_string()
 }

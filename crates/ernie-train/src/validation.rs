@@ -6,21 +6,25 @@ use ernie_checkpoint::Checkpoint;
 use ernie_model::Ernie;
 use ernie_model::steering::NO_DOMAIN;
 
+use crate::curriculum::LayerLosses;
 use crate::data::encoding::Encoder;
 use crate::data::{self, Corpus, Prepared};
 use crate::experts::ExpertUse;
+use crate::heads::{HeadSums, HeadUse};
 use crate::recipe::{self, Precision, Recipe};
 use crate::trainer::{TrainError, packed};
 
 /// A model on the validation documents, which tell it nothing of their domains.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct Validated {
+pub struct Validated {
     /// Mean loss of each source in nats per token.
-    pub(crate) losses: Vec<(String, f64)>,
+    pub losses: Vec<(String, f64)>,
     /// Where the tokens of each domain went, in a model with experts.
-    pub(crate) experts: Option<ExpertUse>,
-    /// Share of active heads of each layer with gates, over all tokens.
-    pub(crate) active_heads: Vec<(usize, f64)>,
+    pub experts: Option<ExpertUse>,
+    /// What the gates of each layer that has them did.
+    pub active_heads: Vec<HeadUse>,
+    /// What a curriculum remembers of the training's losses in each expert.
+    pub expert_losses: Vec<LayerLosses>,
 }
 
 /// Mean loss per source of a model on the recipe's validation documents, in nats per token.
@@ -70,7 +74,7 @@ pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Valid
     let per_source = recipe.run.validate_tokens as usize / corpus.sources.len();
     let mut losses = Vec::new();
     let mut counts: BTreeMap<usize, Vec<Vec<u64>>> = BTreeMap::new();
-    let (mut active, mut tokens) = (BTreeMap::<usize, f64>::new(), 0.0);
+    let mut heads: BTreeMap<usize, HeadSums> = BTreeMap::new();
     for (index, source) in corpus.sources.iter().enumerate() {
         let (mut sum, mut scored) = (0.0, 0);
         for batch in corpus.validation_batches(index, rows, length, per_source) {
@@ -87,9 +91,9 @@ pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Valid
                     }
                 }
                 for (layer, gating) in hidden.gating() {
-                    *active.entry(layer).or_default() += gating.active_share() * batch.tokens() as f64;
+                    let text = domains.iter().map(|domain| *domain != NO_DOMAIN);
+                    heads.entry(layer).or_default().add(&gating.density(), &gating.active(), text);
                 }
-                tokens += batch.tokens() as f64;
                 sum += ernie_model::ops::scalar(&model.cross_entropy(hidden.states_th, &batch.targets)) as f64 * targets as f64;
                 scored += targets;
             }
@@ -98,6 +102,6 @@ pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Valid
             losses.push((source.name.clone(), sum / scored as f64));
         }
     }
-    let active_heads = active.into_iter().map(|(layer, sum)| (layer, sum / tokens)).collect();
-    Validated { losses, experts: ExpertUse::new(&corpus.domains, counts), active_heads }
+    let active_heads = heads.into_iter().filter_map(|(layer, sums)| sums.of_layer(layer)).collect();
+    Validated { losses, experts: ExpertUse::new(&corpus.domains, counts), active_heads, expert_losses: Vec::new() }
 }

@@ -56,13 +56,20 @@ impl Evidence {
         self.losses[place] = (f64::from_bits(self.losses[place]) + loss).to_bits();
     }
 
+    /// Mean losses m_de by domain (outer) and expert (inner), of those that met.
+    pub fn means(&self) -> Vec<Vec<Option<f64>>> {
+        let mean = |(tokens, losses): (&u64, &u64)| {
+            let tokens = f64::from_bits(*tokens);
+            (tokens > 0.0).then(|| f64::from_bits(*losses) / tokens)
+        };
+        let rows = self.tokens.chunks(self.experts).zip(self.losses.chunks(self.experts));
+        rows.map(|(tokens, losses)| tokens.iter().zip(losses).map(mean).collect()).collect()
+    }
+
     /// The advantages a_de, `[domains, experts]` row by row.
     pub fn advantage(&self) -> Vec<f64> {
-        let rows = self.tokens.chunks(self.experts).zip(self.losses.chunks(self.experts));
-        let advantage = |(tokens, losses): (&[u64], &[u64])| {
+        let advantage = |(tokens, means): (&[u64], Vec<Option<f64>>)| {
             let seen = |tokens: &u64| f64::from_bits(*tokens);
-            let mean = |(tokens, losses): (&u64, &u64)| (seen(tokens) > 0.0).then(|| f64::from_bits(*losses) / seen(tokens));
-            let means: Vec<Option<f64>> = tokens.iter().zip(losses).map(mean).collect();
             let count = means.iter().flatten().count().max(1) as f64;
             let middle = means.iter().flatten().sum::<f64>() / count;
             let deviation = (means.iter().flatten().map(|mean| (mean - middle).powi(2)).sum::<f64>() / count).sqrt();
@@ -75,7 +82,7 @@ impl Evidence {
             };
             means.iter().zip(tokens).map(of).collect::<Vec<_>>()
         };
-        rows.flat_map(advantage).collect()
+        self.tokens.chunks(self.experts).zip(self.means()).flat_map(advantage).collect()
     }
 }
 
@@ -181,6 +188,7 @@ mod tests {
         let a = evidence.advantage();
         // Means 2 and 4: one deviation each way, half trusted; nothing is known of expert 2 and of domain 1.
         assert_eq!(a, [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(evidence.means(), [[Some(2.0), Some(4.0), None], [None; 3]]);
         (0..40).for_each(|_| evidence.fade());
         let faded = evidence.advantage();
         assert!(faded[0] > 0.2 && faded[0] < 0.4, "{faded:?}");

@@ -174,7 +174,7 @@ impl Segments {
 }
 
 /// A hash of a model's configuration and weights.
-fn weights_hash(dir: &Path) -> Result<blake3::Hash, TrainError> {
+pub(crate) fn weights_hash(dir: &Path) -> Result<blake3::Hash, TrainError> {
     let io = |path: &Path, source| TrainError::Io { path: path.to_path_buf(), source };
     let mut names: Vec<PathBuf> = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(|source| io(dir, source))? {

@@ -70,7 +70,8 @@ pub struct Stage {
     /// Steered: weight of the loss that teaches routers to choose so by themselves.
     #[serde(default = "default_pull")]
     pub pull: f64,
-    /// Steered: steps after which experts are assigned anew.
+    /// Steered: steps after which experts are assigned anew. They are also assigned at the stage's first step, however large this is: a steered stage after a
+    /// steered one begins with a new assignment.
     #[serde(default = "default_reassign_every")]
     pub reassign_every: u64,
 }
@@ -153,10 +154,32 @@ pub struct RoutingState {
     pub favoured: BTreeMap<usize, Vec<bool>>,
 }
 
+/// What a new assignment made of the experts of one layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assigned {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Experts that have other domains than before; at first all.
+    pub changed: usize,
+    /// Names of each expert's domains.
+    pub experts: Vec<Vec<String>>,
+}
+
+/// Mean losses of one layer's tokens as far as a curriculum remembers them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerLosses {
+    /// Index of the layer.
+    pub layer: usize,
+    /// In nats, by domain (outer) and expert (inner); none where they never met.
+    pub losses: Vec<Vec<Option<f64>>>,
+}
+
 /// The part of a curriculum that has to do with experts.
 #[derive(Debug)]
 pub struct Curriculum {
     config: CurriculumConfig,
+    /// Names of the domains.
+    domains: Vec<String>,
     seed: u64,
     steps: u64,
     /// Of the domains, stage by stage.
@@ -178,7 +201,8 @@ impl Curriculum {
             evidence: layers.map(|layer| (layer, Evidence::new(corpus.domains.len(), experts))).collect(),
             favoured: BTreeMap::new(),
         };
-        let mut made = Self { state: state.unwrap_or_else(fresh), favoured: Arc::default(), config, seed, steps, shares, experts, top_k };
+        let (state, domains) = (state.unwrap_or_else(fresh), corpus.domains.clone());
+        let mut made = Self { state, favoured: Arc::default(), config, domains, seed, steps, shares, experts, top_k };
         made.publish();
         made
     }
@@ -198,20 +222,42 @@ impl Curriculum {
         self.config.stage[self.config.stage(step, self.steps).0].routing
     }
 
-    /// Before step `step`: assigns experts, if it is time.
-    pub fn begin(&mut self, step: u64) {
+    /// Before step `step`: assigns experts, if it is time, and tells what became of each layer's.
+    pub fn begin(&mut self, step: u64) -> Vec<Assigned> {
         let (index, _) = self.config.stage(step, self.steps);
         let stage = &self.config.stage[index];
         let since = step - self.config.first_step(index, self.steps);
+        let mut assigned = Vec::new();
         if stage.routing == RoutingKind::Steered && since.is_multiple_of(stage.reassign_every) {
-            for (&layer, evidence) in &self.state.evidence {
+            let layers: Vec<usize> = self.state.evidence.keys().copied().collect();
+            for layer in layers {
                 let holders = self.state.favoured.get(&layer).map(Vec::as_slice);
                 let wanted = Wanted { shares: &self.shares[index], experts: self.experts, top_k: self.top_k, holders };
-                let table = assign(&evidence.advantage(), &wanted);
+                let table = assign(&self.state.evidence[&layer].advantage(), &wanted);
+                assigned.push(self.assigned(layer, holders, &table));
                 self.state.favoured.insert(layer, table);
             }
             self.publish();
         }
+        assigned
+    }
+
+    /// What an assignment made of a layer's experts.
+    fn assigned(&self, layer: usize, before: Option<&[bool]>, table: &[bool]) -> Assigned {
+        let has = |table: &[bool], domain: usize, expert: usize| table[domain * self.experts + expert];
+        let domains = 0..self.domains.len();
+        let changed = |expert: &usize| {
+            before.is_none_or(|before| domains.clone().any(|domain| has(before, domain, *expert) != has(table, domain, *expert)))
+        };
+        let names = |expert: usize| {
+            domains.clone().filter(|&domain| has(table, domain, expert)).map(|domain| self.domains[domain].clone()).collect()
+        };
+        Assigned { layer, changed: (0..self.experts).filter(changed).count(), experts: (0..self.experts).map(names).collect() }
+    }
+
+    /// Mean losses by domain and expert of every MoE layer.
+    pub fn losses(&self) -> Vec<LayerLosses> {
+        self.state.evidence.iter().map(|(&layer, evidence)| LayerLosses { layer, losses: evidence.means() }).collect()
     }
 
     /// Puts the steering of step `step` into its micro-batch number `micro`.

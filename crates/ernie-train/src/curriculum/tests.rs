@@ -73,9 +73,16 @@ fn experts_are_assigned_in_time_by_what_was_seen() {
         observe(&mut whole, [0, 1, 0, 1], [1.0, 3.0]);
         observe(&mut whole, [2, 3, 2, 3], [3.0, 1.0]);
     }
-    whole.begin(10);
+    assert!(whole.begin(10).is_empty());
     assert!(whole.state().favoured.is_empty());
-    whole.begin(11);
+    let losses = whole.losses();
+    assert_eq!(losses.iter().map(|found| found.layer).collect::<Vec<_>>(), [1, 2]);
+    for (found, expected) in losses[1].losses.iter().flatten().zip([1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 1.0, 1.0]) {
+        assert!((found.unwrap() - expected).abs() < 1e-9, "{losses:?}");
+    }
+    let of = |names: [&str; 4]| names.map(|name| vec![name.to_owned()]).to_vec();
+    let first = |layer| Assigned { layer, changed: 4, experts: of(["a", "a", "b", "b"]) };
+    assert_eq!(whole.begin(11), [first(1), first(2)]);
     let expected = vec![true, true, false, false, false, false, true, true];
     assert_eq!(whole.state().favoured, BTreeMap::from([(1, expected.clone()), (2, expected.clone())]));
 
@@ -101,15 +108,30 @@ fn experts_are_assigned_in_time_by_what_was_seen() {
             observe(curriculum, [0, 2, 0, 2], [1.0, 1.0]);
             observe(curriculum, [1, 3, 1, 3], [3.0, 3.0]);
         }
-        curriculum.begin(13);
+        assert!(curriculum.begin(13).is_empty());
         assert_eq!(curriculum.state().favoured[&1], expected);
-        curriculum.begin(14);
+        // A little better in both domains is not enough to change hands.
+        let second = |layer| Assigned { layer, changed: 0, experts: of(["a", "a", "b", "b"]) };
+        assert_eq!(curriculum.begin(14), [second(1), second(2)]);
     }
     assert_eq!(resumed.state(), whole.state());
     let mut batches = [batch.clone(), batch];
     whole.steer(14, 0, &mut batches[0]);
     resumed.steer(14, 0, &mut batches[1]);
     assert_eq!(batches[0].steering, batches[1].steering);
+}
+
+#[test]
+fn an_expert_changes_hands_when_its_domains_are_others() {
+    let curriculum = curriculum(None);
+    let before = [true, true, false, false, false, false, true, true];
+    // Expert 1 goes over to b, expert 2 to a; expert 3 takes in a as well; expert 0 keeps what it has.
+    let after = [true, false, true, true, false, true, false, true];
+    let names = [&["a"][..], &["b"], &["a"], &["a", "b"]].map(|names| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+    let assigned = curriculum.assigned(1, Some(&before), &after);
+    assert_eq!(assigned, Assigned { layer: 1, changed: 3, experts: names.to_vec() });
+    assert_eq!(curriculum.assigned(1, None, &after).changed, 4);
+    assert_eq!(curriculum.assigned(1, Some(&after), &after).changed, 0);
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::Corpus;
 use super::packing::{Batch, append_segment, order};
 
-/// The rows of a corpus, numbered source by source. What is left of a source after its last whole row belongs to no row; a source shorter than a row
-/// is one row with padding.
+/// The rows of a corpus, numbered source by source. What is left of a source after its last whole row is a row with padding, unless it is one token: that is
+/// the target of the row before, and nothing follows it.
 #[derive(Debug)]
 pub struct Rows {
     corpus: Arc<Corpus>,
@@ -36,7 +36,7 @@ impl Rows {
                     end
                 })
                 .collect();
-            let rows = first..first + (end / length).max(1);
+            let rows = first..first + end.saturating_sub(1).div_ceil(length).max(1);
             first = rows.end;
             SourceRows { rows, documents, ends }
         });

@@ -18,7 +18,7 @@
 //! ```
 //!
 //! All runs have one tokenizer, that of the recipe. A run that was stopped goes on where it was, one that is finished is not run again: stopping and
-//! starting a sweep loses nothing. The first arm is what the others are compared with.
+//! starting a sweep loses nothing. A run of another recipe, finished or not, is refused. The first arm is what the others are compared with.
 mod page;
 mod pictures;
 mod report;
@@ -26,12 +26,15 @@ mod report;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
+use ernie_checkpoint::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use crate::data;
+use crate::origin::{recipe_fingerprint, report_fingerprint};
 use crate::recipe::{self, Recipe};
-use crate::trainer::{self, TrainError, TrainOptions};
-pub use report::{ArmReport, Comparison, RunReport, Spread, SweepReport};
+use crate::snapshot;
+use crate::trainer::{self, Report, TrainError, TrainOptions};
+pub use report::{ArmHeads, ArmReport, Comparison, RunReport, Spread, SweepReport};
 
 /// A sweep as its file has it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -122,6 +125,10 @@ impl Sweep {
             }
         }
         for planned in self.runs()? {
+            if planned.recipe.data.validation_fraction == 0.0 {
+                let (problem, fix) = ("runs are compared by validation losses, and it is 0".into(), "give it above 0".into());
+                return Err(self.of_arm(planned.arm, recipe::Error::Invalid { key: "data.validation_fraction".into(), problem, fix }));
+            }
             trainer::model_config(&planned.recipe).map_err(|error| match error {
                 TrainError::Recipe(error) => self.of_arm(planned.arm, error),
                 error => recipe::Error::Invalid {
@@ -183,15 +190,19 @@ impl Sweep {
         let planned = self.runs()?;
         let mut runs = Vec::new();
         let mut tokenizer = None;
-        for (index, Planned { arm, seed, mut recipe }) in planned.iter().cloned().enumerate() {
+        let mut text_is_checked = false;
+        // All of them first: what is of another recipe is refused before anything is trained.
+        let done = planned.iter().map(|planned| finished(&planned.recipe)).collect::<Result<Vec<_>, _>>()?;
+        for (index, (Planned { arm, seed, mut recipe }, done)) in planned.iter().cloned().zip(done).enumerate() {
             if options.stop.load(Ordering::Relaxed) {
                 break;
             }
-            let path = recipe.run.out.join("report.json");
-            if let Some(report) = report::read_run(&path) {
+            if let Some(report) = done {
                 runs.push(RunReport::new(arm, seed, report, &recipe.run.out)?);
                 continue;
             }
+            // Of the recipe as it is planned, before it gets the common tokenizer.
+            let fingerprint = report_fingerprint(&recipe);
             say(&format!("run {} of {}: {}", index + 1, planned.len(), recipe.run.name));
             if recipe.tokenizer.path.is_none() {
                 // Its sample depends on the seed, and losses per token compare only under one tokenizer.
@@ -201,15 +212,40 @@ impl Sweep {
                 }
                 recipe.tokenizer.path = tokenizer.clone();
             }
-            let report = trainer::train(&recipe, options)?;
+            if !std::mem::replace(&mut text_is_checked, true) {
+                self.check_text(&planned, tokenizer.as_deref())?;
+            }
+            let mut report = trainer::train(&recipe, options)?;
             if !report.finished {
                 break;
             }
-            report::write_run(&path, &report)?;
+            if let Some(origin) = &mut report.origin {
+                origin.recipe = fingerprint;
+            }
+            report::write_run(&report_path(&recipe), &report)?;
             runs.push(RunReport::new(arm, seed, report, &recipe.run.out)?);
             self.write_report(&runs, planned.len())?;
         }
         self.write_report(&runs, planned.len())
+    }
+
+    /// Refuses a text that is longer than what the models that will be shown on it are made for, before any of them is trained. `common` is the tokenizer of
+    /// the recipes that name none.
+    fn check_text(&self, planned: &[Planned], common: Option<&Path>) -> Result<(), TrainError> {
+        let Some(text) = &self.text else { return Ok(()) };
+        for Planned { arm, recipe, .. } in planned.iter().filter(|planned| planned.seed == self.seeds[0]) {
+            let config = trainer::model_config(recipe)?;
+            let Some(dir) = recipe.tokenizer.path.as_deref().or(common) else { continue };
+            let unusable =
+                |error: ernie_checkpoint::TokenizerError| data::Error::Tokenizer { origin: dir.to_path_buf(), problem: error.to_string() };
+            let tokens = Tokenizer::from_dir(dir).and_then(|tokenizer| tokenizer.encode(text, true)).map_err(unusable)?.len();
+            let limit = config.max_position_embeddings;
+            if (config.moe.is_some() || config.mechanisms.context_gate.is_some()) && tokens > limit {
+                let problem = format!("it has {tokens} tokens, and the model of arm `{}` is made for {limit}", self.arms[*arm].name);
+                return Err(recipe::Error::Invalid { key: "text".into(), problem, fix: "shorten it".into() }.into());
+            }
+        }
+        Ok(())
     }
 
     fn write_report(&self, runs: &[RunReport], planned: usize) -> Result<SweepReport, TrainError> {
@@ -228,6 +264,24 @@ impl Sweep {
     pub fn illustrate(&self, report: &SweepReport, figures: &[Figure]) -> Result<(), TrainError> {
         Ok(ernie_checkpoint::atomic_write(&self.out.join("report.html"), page::html(report, figures).as_bytes())?)
     }
+}
+
+fn report_path(recipe: &Recipe) -> PathBuf {
+    recipe.run.out.join("report.json")
+}
+
+/// The report of the recipe's run, if that is finished; refused when it is a run of another recipe.
+fn finished(recipe: &Recipe) -> Result<Option<Report>, TrainError> {
+    let Some(report) = report::read_run(&report_path(recipe)) else { return Ok(None) };
+    let (saved, given) = match &report.origin {
+        Some(origin) => (Some(origin.recipe.clone()), report_fingerprint(recipe)),
+        // Of a program that did not say: what its last checkpoint was trained by.
+        None => (snapshot::latest_position(&trainer::checkpoints(recipe))?.map(|position| position.recipe), recipe_fingerprint(recipe)),
+    };
+    if saved.as_ref() == Some(&given) {
+        return Ok(Some(report));
+    }
+    Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.unwrap_or_else(|| "unknown".to_owned()), given })
 }
 
 /// Sets the value under a dotted key, making the tables on its way.

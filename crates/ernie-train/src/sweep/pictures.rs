@@ -2,7 +2,7 @@
 use std::fmt::Write as _;
 
 use super::page::{escaped, with_error};
-use super::report::{ArmReport, RunReport, SweepReport};
+use super::report::{ArmHeads, ArmReport, RunReport, SweepReport};
 use crate::data::priority::RatioHistogram;
 use crate::experts::LayerUse;
 
@@ -110,13 +110,22 @@ fn sampling(arm: &ArmReport, runs: &[&RunReport]) -> Option<String> {
 }
 
 fn heads(arm: &ArmReport, _: &[&RunReport]) -> Option<String> {
-    let bars: Vec<Bar> = arm
-        .active_heads
-        .iter()
-        .map(|&(layer, share)| Bar { value: share.mean, label: format!("layer {layer}"), title: with_error(share, 3) })
-        .collect();
+    let bar = |heads: &ArmHeads| {
+        let title = with_error(heads.share, 3);
+        Bar { value: heads.share.mean, label: format!("layer {}", heads.layer), title }
+    };
+    let bars: Vec<Bar> = arm.active_heads.iter().map(bar).collect();
     let caption = format!("{}: share of heads that are active on validation text, mean of the seeds", escaped(&arm.name));
-    (!bars.is_empty()).then(|| format!("<figcaption>{caption}</figcaption>{}", bar_chart(&bars, 72, &caption)))
+    let mut out = format!("<figcaption>{caption}</figcaption>{}", bar_chart(&bars, 72, &caption));
+    if arm.active_heads.iter().any(|heads| heads.correlation.is_some()) {
+        out.push_str("<table><tr><th>layer<th>active heads<th>correlation with semantic density</tr>\n");
+        for heads in &arm.active_heads {
+            let correlation = heads.correlation.map_or("–".to_owned(), |spread| with_error(spread, 3));
+            let _ = writeln!(out, "<tr><td>{}<td>{}<td>{correlation}</tr>", heads.layer, with_error(heads.share, 3));
+        }
+        out.push_str("</table>\n");
+    }
+    (!bars.is_empty()).then_some(out)
 }
 
 struct Bar {

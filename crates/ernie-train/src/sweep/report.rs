@@ -3,7 +3,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Sweep;
+use super::{Arm, Sweep};
+use crate::recipe;
 use crate::telemetry::{Validation, validations};
 use crate::trainer::{Report, TrainError};
 
@@ -57,6 +58,8 @@ pub struct RunReport {
 pub struct ArmReport {
     /// Its name.
     pub name: String,
+    /// What it sets, by dotted keys of the recipe.
+    pub set: toml::Table,
     /// Mean validation loss of the sources.
     pub loss: Option<Spread>,
     /// Validation loss of each source.
@@ -71,10 +74,21 @@ pub struct ArmReport {
     pub overlap: Option<Spread>,
     /// Share of the least used expert of any layer, times the number of experts.
     pub least_used: Option<Spread>,
-    /// Share of active heads of each layer with gates, on validation documents.
-    pub active_heads: Vec<(usize, Spread)>,
+    /// What the gates of each layer that has them did on validation documents.
+    pub active_heads: Vec<ArmHeads>,
     /// Against the first arm; none for that itself.
     pub against_first: Option<Comparison>,
+}
+
+/// The gates of one layer over the seeds.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArmHeads {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Share of active heads.
+    pub share: Spread,
+    /// Correlation of a token's density with the number of its active heads, over the seeds in which both change.
+    pub correlation: Option<Spread>,
 }
 
 /// An arm against the first one, seed by seed.
@@ -101,6 +115,8 @@ pub struct SweepReport {
     pub name: String,
     /// Runs there will be.
     pub planned: usize,
+    /// The recipe that all arms start from. With which program and on what machine each run was made is in its own `origin`.
+    pub recipe: toml::Table,
     /// The arms, in the sweep's order.
     pub arms: Vec<ArmReport>,
     /// The finished runs.
@@ -121,7 +137,12 @@ impl RunReport {
     pub(super) fn new(arm: usize, seed: u64, report: Report, dir: &Path) -> Result<Self, TrainError> {
         let curve = validations(dir)?;
         let losses = &report.validation;
-        let loss = losses.iter().map(|(_, loss)| loss).sum::<f64>() / losses.len().max(1) as f64;
+        if losses.is_empty() {
+            let problem = format!("the run in {} has no validation documents, so that there is nothing to compare", dir.display());
+            let fix = "raise it, or give more text".into();
+            return Err(recipe::Error::Invalid { key: "data.validation_fraction".into(), problem, fix }.into());
+        }
+        let loss = losses.iter().map(|(_, loss)| loss).sum::<f64>() / losses.len() as f64;
         Ok(Self { arm, seed, report, loss, curve })
     }
 
@@ -148,8 +169,8 @@ impl RunReport {
 
 impl SweepReport {
     pub(super) fn new(sweep: &Sweep, runs: &[RunReport], planned: usize) -> Self {
-        let arms = sweep.arms.iter().enumerate().map(|(index, arm)| ArmReport::new(index, &arm.name, runs));
-        Self { name: sweep.name.clone(), planned, arms: arms.collect(), runs: runs.to_vec() }
+        let arms = sweep.arms.iter().enumerate().map(|(index, arm)| ArmReport::new(index, arm, runs));
+        Self { name: sweep.name.clone(), planned, recipe: sweep.base.clone(), arms: arms.collect(), runs: runs.to_vec() }
     }
 
     /// Whether every run is finished.
@@ -159,13 +180,14 @@ impl SweepReport {
 }
 
 impl ArmReport {
-    fn new(index: usize, name: &str, all: &[RunReport]) -> Self {
+    fn new(index: usize, arm: &Arm, all: &[RunReport]) -> Self {
         let runs: Vec<&RunReport> = all.iter().filter(|run| run.arm == index).collect();
         let spread = |value: &dyn Fn(&RunReport) -> f64| Spread::of(&runs.iter().map(|run| value(run)).collect::<Vec<_>>());
         let pairs: Vec<(&RunReport, &RunReport)> =
             runs.iter().filter_map(|run| Some((*run, all.iter().find(|first| first.arm == 0 && first.seed == run.seed)?))).collect();
         Self {
-            name: name.to_owned(),
+            name: arm.name.clone(),
+            set: arm.set.clone(),
             loss: spread(&|run| run.loss),
             sources: by_source(&runs, loss_of),
             tokens: spread(&|run| run.report.tokens as f64),
@@ -206,12 +228,14 @@ impl Comparison {
 }
 
 /// Of the layers that the first run has gates in.
-fn active_heads(runs: &[&RunReport]) -> Vec<(usize, Spread)> {
+fn active_heads(runs: &[&RunReport]) -> Vec<ArmHeads> {
     let Some(first) = runs.first() else { return Vec::new() };
-    let share = |run: &&RunReport, layer: usize| run.report.active_heads.iter().find(|(other, _)| *other == layer).map(|(_, share)| *share);
-    let spread =
-        |&(layer, _): &(usize, f64)| Some((layer, Spread::of(&runs.iter().filter_map(|run| share(run, layer)).collect::<Vec<_>>())?));
-    first.report.active_heads.iter().filter_map(spread).collect()
+    let of_layer = |layer: usize| {
+        let heads = || runs.iter().filter_map(move |run| run.report.active_heads.iter().find(|heads| heads.layer == layer));
+        let share = Spread::of(&heads().map(|heads| heads.share).collect::<Vec<_>>())?;
+        Some(ArmHeads { layer, share, correlation: Spread::of(&heads().filter_map(|heads| heads.correlation).collect::<Vec<_>>()) })
+    };
+    first.report.active_heads.iter().filter_map(|heads| of_layer(heads.layer)).collect()
 }
 
 fn loss_of(run: &RunReport, source: &str) -> Option<f64> {

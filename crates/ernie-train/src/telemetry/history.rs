@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::TelemetryError;
 use super::metrics::{self, Record};
+use crate::validation::Validated;
 
 /// One validation of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -40,9 +41,10 @@ pub fn validations(dir: &Path) -> Result<Vec<Validation>, TelemetryError> {
                 seconds += metrics.tokens.saturating_sub(tokens) as f64 / metrics.tok_s;
                 tokens = metrics.tokens;
             }
-            Record::Validation { step, losses, experts, .. } => {
+            Record::Validation { step, found: Validated { losses, experts, .. }, .. } => {
                 found.push(Validation { step, tokens, seconds, losses, overlap: experts.map(|experts| experts.overlap) });
             }
+            Record::Assignment { .. } => {}
         }
     }
     Ok(found)

@@ -1,8 +1,12 @@
 //! `metrics.jsonl`: one JSON object per line, appended as the run goes; the record that the other views are drawn from.
 //!
-//! Two kinds of line, both with the step and the wall-clock time in seconds since 1970:
+//! Three kinds of line, all with the step and the wall-clock time in seconds since 1970:
 //! `{"kind":"train","step":7,"time":…,"tokens":…,"loss":…,"lr":…,"grad_norm":…,"tok_s":…,…}` and
-//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went.
+//! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went, of one with
+//! gated heads also `"heads"`: `[{"layer":0,"share":…,"correlation":…}]`, how many were active, and how far more of them where tokens bring more,
+//! and under a curriculum `"expert_losses"`: `[{"layer":1,"losses":[[…]]}]`, means of the training's tokens by domain and expert. Before the first step of a new
+//! assignment of experts `{"kind":"assignment","step":7,"time":…,"layers":[{"layer":1,"changed":2,"experts":[["DOMAIN"],…]}]}`: how many changed hands, and the
+//! domains of each.
 //! Losses are nats per token. A number that is not finite is
 //! written as `null`, which is what JSON has for it.
 
@@ -14,7 +18,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::TelemetryError;
-use crate::experts::ExpertUse;
+use crate::curriculum::Assigned;
+use crate::validation::Validated;
 
 /// What one optimizer update reports.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,7 +44,8 @@ pub struct StepMetrics {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Record {
     Train { time: f64, metrics: StepMetrics },
-    Validation { time: f64, step: u64, losses: Vec<(String, f64)>, experts: Option<ExpertUse> },
+    Validation { time: f64, step: u64, found: Validated },
+    Assignment { time: f64, step: u64, layers: Vec<Assigned> },
 }
 
 /// Keys of a train line that are not `extra`.
@@ -49,7 +55,7 @@ impl Record {
     pub(super) fn step(&self) -> u64 {
         match self {
             Self::Train { metrics, .. } => metrics.step,
-            Self::Validation { step, .. } => *step,
+            Self::Validation { step, .. } | Self::Assignment { step, .. } => *step,
         }
     }
 
@@ -72,14 +78,21 @@ impl Record {
                 }
                 line
             }
-            Self::Validation { time, step, losses, experts } => {
-                let losses: Map<String, Value> = losses.iter().map(|(source, loss)| (source.clone(), json!(loss))).collect();
+            Self::Validation { time, step, found } => {
+                let losses: Map<String, Value> = found.losses.iter().map(|(source, loss)| (source.clone(), json!(loss))).collect();
                 let mut line = json!({"kind": "validation", "step": step, "time": time, "losses": losses});
-                if let Some(experts) = experts {
+                if let Some(experts) = &found.experts {
                     line["experts"] = json!(experts);
+                }
+                if !found.active_heads.is_empty() {
+                    line["heads"] = json!(found.active_heads);
+                }
+                if !found.expert_losses.is_empty() {
+                    line["expert_losses"] = json!(found.expert_losses);
                 }
                 line
             }
+            Self::Assignment { time, step, layers } => json!({"kind": "assignment", "step": step, "time": time, "layers": layers}),
         }
     }
 
@@ -115,13 +128,23 @@ impl Record {
                     .map(|(source, loss)| Some((source.clone(), number(loss)?)))
                     .collect::<Option<Vec<_>>>()
                     .ok_or("`losses` holds something that is not a number")?;
-                let experts = line.get("experts").map(|experts| serde_json::from_value(experts.clone())).transpose();
-                let experts = experts.map_err(|error| format!("`experts`: {error}"))?;
-                Ok(Self::Validation { time, step, losses, experts })
+                let found = Validated {
+                    losses,
+                    experts: part(&line, "experts")?,
+                    active_heads: part(&line, "heads")?.unwrap_or_default(),
+                    expert_losses: part(&line, "expert_losses")?.unwrap_or_default(),
+                };
+                Ok(Self::Validation { time, step, found })
             }
-            _ => Err("`kind` is neither \"train\" nor \"validation\"".to_string()),
+            Some("assignment") => Ok(Self::Assignment { time, step, layers: part(&line, "layers")?.ok_or("`layers` is missing")? }),
+            _ => Err("`kind` is none of \"train\", \"validation\" and \"assignment\"".to_string()),
         }
     }
+}
+
+/// What a line has under a key, if it has that.
+fn part<T: serde::de::DeserializeOwned>(line: &Map<String, Value>, key: &str) -> Result<Option<T>, String> {
+    line.get(key).map(|value| T::deserialize(value)).transpose().map_err(|error| format!("`{key}`: {error}"))
 }
 
 /// A JSON number, or NaN for the `null` that a number which is not finite was written as.
@@ -198,6 +221,9 @@ fn read_lines(file: &File, path: &Path, last: u64) -> Result<(u64, Vec<Record>),
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::curriculum::LayerLosses;
+    use crate::experts::ExpertUse;
+    use crate::heads::HeadUse;
 
     fn train(step: u64) -> Record {
         let metrics = StepMetrics {
@@ -216,9 +242,18 @@ mod tests {
         Record::Validation {
             time: 1.75e9,
             step,
-            losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)],
-            experts: ExpertUse::new(&["a".into()], [(1, vec![vec![3, step]])]),
+            found: Validated {
+                losses: vec![("stories".to_string(), 2.5), ("诗".to_string(), 3.25)],
+                experts: ExpertUse::new(&["a".into()], [(1, vec![vec![3, step]])]),
+                active_heads: vec![HeadUse { layer: 1, share: 0.75, correlation: (step > 2).then_some(-0.5) }],
+                expert_losses: vec![LayerLosses { layer: 1, losses: vec![vec![None, Some(2.5)]] }],
+            },
         }
+    }
+
+    fn assignment(step: u64) -> Record {
+        let layers = vec![Assigned { layer: 1, changed: 1, experts: vec![vec!["a".into(), "诗".into()], Vec::new()] }];
+        Record::Assignment { time: 1.75e9, step, layers }
     }
 
     fn written(path: &Path, records: &[Record]) {
@@ -233,12 +268,12 @@ mod tests {
     fn every_line_reads_back_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let records = [train(1), train(2), validation(2), train(3)];
+        let records = [train(1), train(2), validation(2), assignment(3), train(3), validation(3)];
         written(&path, &records);
         let (_, back) = MetricsFile::open(&path, 3).unwrap();
         assert_eq!(back, records);
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().count(), 4);
+        assert_eq!(text.lines().count(), 6);
         let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         assert_eq!(first["loss"], 1.0);
         assert_eq!(first["balance_loss"], 1.01);
@@ -248,13 +283,13 @@ mod tests {
     fn resuming_cuts_later_lines_and_a_torn_one_and_appends_after() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        written(&path, &[train(1), train(2), validation(2), train(3)]);
+        written(&path, &[train(1), train(2), validation(2), assignment(3), train(3)]);
         let mut raw = std::fs::read(&path).unwrap();
         raw.extend_from_slice(b"{\"kind\":\"train\",\"st");
         std::fs::write(&path, &raw).unwrap();
 
         let (_, back) = MetricsFile::open(&path, 9).unwrap();
-        assert_eq!(back.len(), 4, "only the torn line goes");
+        assert_eq!(back.len(), 5, "only the torn line goes");
 
         let (mut file, back) = MetricsFile::open(&path, 2).unwrap();
         assert_eq!(back, [train(1), train(2), validation(2)]);
@@ -287,6 +322,7 @@ mod tests {
         for (bad, word) in [
             ("not json", "expected"),
             ("{\"kind\":\"train\",\"step\":-1,\"time\":0}", "step"),
+            ("{\"kind\":\"assignment\",\"step\":1,\"time\":0}", "layers"),
             ("{\"kind\":\"other\",\"step\":1,\"time\":0}", "kind"),
         ] {
             std::fs::write(&path, format!("{bad}\n{}\n", validation(2).to_json())).unwrap();

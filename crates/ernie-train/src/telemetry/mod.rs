@@ -14,7 +14,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::curriculum::Assigned;
 use crate::experts::ExpertUse;
+use crate::heads::HeadUse;
+use crate::validation::Validated;
 use curve::Curve;
 pub use history::{Validation, validations};
 pub use metrics::StepMetrics;
@@ -129,17 +132,25 @@ impl Telemetry {
         Ok(())
     }
 
-    /// Records the validation losses after update `step`, in nats per token, one per source, and where the experts' tokens came from.
+    /// Records what a validation after update `step` found: losses, in nats per token, one per source; where the experts' tokens came from; what gates did.
     ///
     /// # Errors
     /// [`TelemetryError`] when a file cannot be written.
-    pub fn validation<S: AsRef<str>>(&mut self, step: u64, losses: &[(S, f64)], experts: Option<ExpertUse>) -> Result<(), TelemetryError> {
-        let losses: Vec<(String, f64)> = losses.iter().map(|(source, loss)| (source.as_ref().to_string(), *loss)).collect();
-        let mut shown: Vec<String> = losses.iter().map(|(source, loss)| format!("{source} {loss:.4}")).collect();
-        shown.extend(experts.iter().map(|experts| format!("overlap of experts {:.3}", experts.overlap)));
-        self.record(&Record::Validation { time: now(), step, losses, experts })?;
+    pub fn validation(&mut self, step: u64, found: Validated) -> Result<(), TelemetryError> {
+        let mut shown: Vec<String> = found.losses.iter().map(|(source, loss)| format!("{source} {loss:.4}")).collect();
+        shown.extend(found.experts.iter().map(|experts| format!("overlap of experts {:.3}", experts.overlap)));
+        self.record(&Record::Validation { time: now(), step, found })?;
         self.message(&format!("validation at step {step}: {}", shown.join("  ")));
         self.refresh()
+    }
+
+    /// Records which experts have which domains from update `step` on.
+    ///
+    /// # Errors
+    /// [`TelemetryError`] when a file cannot be written.
+    pub fn assignment(&mut self, step: u64, layers: Vec<Assigned>) -> Result<(), TelemetryError> {
+        self.message(&assignment_line(step, &layers));
+        self.record(&Record::Assignment { time: now(), step, layers })
     }
 
     /// Shows a line to the user without disturbing the progress bar.
@@ -178,14 +189,23 @@ impl Telemetry {
                 let scalars = fixed.into_iter().chain(extra).map(|(name, value)| (format!("train/{name}"), value));
                 self.events.scalars(*time, metrics.step, scalars)
             }
-            Record::Validation { time, step, losses, experts } => {
-                for (source, loss) in losses {
+            Record::Validation { time, step, found } => {
+                for (source, loss) in &found.losses {
                     self.curve.validation(*step, source, *loss);
                 }
+                let losses = found.losses.iter().map(|(source, loss)| (format!("validation/{source}"), *loss));
                 let of_experts = |experts: &ExpertUse| [("overlap", experts.overlap), ("least_used", experts.least_used)];
-                let of_experts = experts.iter().flat_map(of_experts).map(|(name, value)| (format!("experts/{name}"), value));
-                let scalars = losses.iter().map(|(source, loss)| (format!("validation/{source}"), *loss)).chain(of_experts);
-                self.events.scalars(*time, *step, scalars)
+                let of_experts = found.experts.iter().flat_map(of_experts).map(|(name, value)| (format!("experts/{name}"), value));
+                let of_heads = |heads: &HeadUse| {
+                    [("active", Some(heads.share)), ("correlation", heads.correlation)].map(|(name, value)| (heads.layer, name, value))
+                };
+                let of_heads = found.active_heads.iter().flat_map(of_heads);
+                let of_heads = of_heads.filter_map(|(layer, name, value)| Some((format!("heads/{name}_layer_{layer}"), value?)));
+                self.events.scalars(*time, *step, losses.chain(of_experts).chain(of_heads))
+            }
+            Record::Assignment { time, step, layers } => {
+                let changed = layers.iter().map(|layer| layer.changed).sum::<usize>();
+                self.events.scalars(*time, *step, [("experts/changed", changed as f64)])
             }
         }
     }
@@ -195,6 +215,16 @@ impl Telemetry {
         self.events.flush()?;
         self.curve.write()
     }
+}
+
+/// An assignment in one line: of each layer how many experts changed hands, and the domains of each.
+fn assignment_line(step: u64, layers: &[Assigned]) -> String {
+    let of_expert = |domains: &Vec<String>| if domains.is_empty() { "-".to_owned() } else { domains.join("+") };
+    let of_layer = |assigned: &Assigned| {
+        let experts: Vec<String> = assigned.experts.iter().map(of_expert).collect();
+        format!("layer {}, {} changed: {}", assigned.layer, assigned.changed, experts.join(" "))
+    };
+    format!("experts from step {step} on: {}", layers.iter().map(of_layer).collect::<Vec<_>>().join("; "))
 }
 
 /// Seconds since 1970.
@@ -212,10 +242,15 @@ mod tests {
 
     fn run(telemetry: &mut Telemetry, steps: std::ops::RangeInclusive<u64>) {
         for step in steps {
+            if step.is_multiple_of(8) {
+                telemetry.assignment(step, vec![Assigned { layer: 1, changed: 1, experts: vec![vec!["en".into()]] }]).unwrap();
+            }
             let metrics = StepMetrics { step, tokens: 100 * step, loss: 9.0 / step as f64, ..StepMetrics::default() };
             telemetry.step(&metrics).unwrap();
             if step.is_multiple_of(5) {
-                telemetry.validation(step, &[("en", 3.0), ("zh", 4.0)], None).unwrap();
+                let losses = vec![("en".to_owned(), 3.0), ("zh".to_owned(), 4.0)];
+                let heads = [0, 1].map(|layer| HeadUse { layer, share: 0.5, correlation: (layer > 0).then_some(0.25) });
+                telemetry.validation(step, Validated { losses, active_heads: heads.into(), ..Validated::default() }).unwrap();
             }
         }
     }
@@ -226,7 +261,7 @@ mod tests {
         text.lines()
             .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
             .map(|line| {
-                let losses = line.get("losses").or(line.get("loss")).unwrap();
+                let losses = line.get("losses").or(line.get("loss")).or(line.get("layers")).unwrap();
                 (line["step"].as_u64().unwrap(), losses.to_string())
             })
             .collect()
@@ -259,6 +294,19 @@ mod tests {
         assert_eq!(event_files(killed.path()), event_files(whole.path()));
         let svg = |dir: &Path| std::fs::read_to_string(dir.join("loss.svg")).unwrap();
         assert_eq!(svg(killed.path()), svg(whole.path()));
+    }
+
+    #[test]
+    fn an_assignment_is_one_line() {
+        let assigned = |layer, changed, experts: &[&[&str]]| {
+            let names = experts.iter().map(|domains| domains.iter().map(|name| (*name).to_owned()).collect());
+            Assigned { layer, changed, experts: names.collect() }
+        };
+        let layers = [assigned(1, 3, &[&["sea"], &["sea", "town"], &[]]), assigned(2, 0, &[&["town"], &["sea"], &["sea"]])];
+        assert_eq!(
+            assignment_line(7, &layers),
+            "experts from step 7 on: layer 1, 3 changed: sea sea+town -; layer 2, 0 changed: town sea sea"
+        );
     }
 
     #[test]

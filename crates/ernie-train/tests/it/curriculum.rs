@@ -80,6 +80,20 @@ fn experts_divide_the_domains_and_a_resumed_run_has_the_same_bits() {
     let last = lines.iter().rfind(|line| line["kind"] == "validation").unwrap();
     assert_eq!(last["experts"]["overlap"].as_f64(), Some(with.overlap));
     assert_eq!(last["experts"]["layers"][0]["counts"].as_array().unwrap().len(), 4);
+    let seen = last["expert_losses"][0]["losses"].as_array().unwrap();
+    assert!(
+        seen.len() == 4 && seen.iter().all(|row| row.as_array().unwrap().iter().any(|loss| loss.as_f64().unwrap_or(0.0) > 0.0)),
+        "{seen:?}"
+    );
+    // Each assignment once, at the beginning of stages and every so many steps; at first all experts change hands.
+    let assigned = |lines: &[serde_json::Value]| -> Vec<(u64, serde_json::Value)> {
+        let found = lines.iter().filter(|line| line["kind"] == "assignment");
+        found.map(|line| (line["step"].as_u64().unwrap(), line["layers"].clone())).collect()
+    };
+    let assignments = assigned(&lines);
+    assert_eq!(assignments.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [37, 57, 77, 97]);
+    assert_eq!((&assignments[0].1[0]["layer"], &assignments[0].1[0]["changed"]), (&1.into(), &4.into()));
+    assert!(assignments.iter().all(|(_, layers)| layers[0]["experts"].as_array().unwrap().iter().all(|names| names[0].is_string())));
     let pulled: Vec<u64> = lines.iter().filter(|line| line.get("pull").is_some()).map(|line| line["step"].as_u64().unwrap()).collect();
     assert_eq!(pulled, (37..=120).collect::<Vec<_>>());
 
@@ -89,6 +103,8 @@ fn experts_divide_the_domains_and_a_resumed_run_has_the_same_bits() {
     fs::remove_dir_all(&report.model_dir).unwrap();
     let again = train(&staged("staged"), &bench.options()).unwrap();
     assert_eq!((bits(&again.model_dir), again.experts), (whole, report.experts));
+    let text = fs::read_to_string(dir.path().join("staged/metrics.jsonl")).unwrap();
+    assert_eq!(assigned(&text.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<_>>()), assignments);
     // Another strength is another run.
     let mut other = staged("staged");
     other.curriculum.as_mut().unwrap().stage[2].steer = 0.4;

@@ -2,12 +2,13 @@
 //!
 //! A row i of base probability b_i (its source's share over its source's rows) is drawn with
 //! P(i) = φ·b_i + (1 − φ)·b_i·r_i / Σ b·r,  r_i = (loss_i + ε)^α, and its loss weighted by (b_i / P(i))^β over the largest such weight of any row (Schaul et
-//! al., *Prioritized Experience Replay*, arXiv 1511.05952, with b_i for 1/N). At β = 1 the weighted gradient is that of uniform sampling in
-//! expectation. The floor φ keeps every row alive. A row's loss is the one of its last visit while that is no more than `staleness` steps ago, else its
-//! source's running mean, which is also what rows never visited have: whole domains are weighed against each other long before every row has been seen. With a
-//! reference model a row's loss is what it is above the reference's on the source's validation text: not what is hard for every model but what can still be
-//! learned is drawn (after Mindermann et al., *RHO-LOSS*, arXiv 2206.07137, and DoReMi, arXiv 2305.10429, domain by domain). Sampling is
-//! by priority while √(E r²) / E r, what it could gain over uniform sampling (Katharopoulos and Fleuret, arXiv 1803.00942), is at least `least_gain`.
+//! al., *Prioritized Experience Replay*, arXiv 1511.05952, with b_i for 1/N). At β = 1 the weighted gradient is in expectation that of uniform sampling over the
+//! largest weight: one number for all rows of a batch, which changes the length of the step and not its direction. The floor φ keeps every row alive. A row's
+//! loss is the one of its last visit while that is no more than `staleness` steps ago, else its source's running mean, which is also what rows never visited have:
+//! whole domains are weighed against each other long before every row has been seen. With a reference model a row's loss is what it is above the reference's on the
+//! source's validation text: not what is hard for every model but what can still be learned is drawn (after Mindermann et al., *RHO-LOSS*, arXiv 2206.07137, and
+//! DoReMi, arXiv 2305.10429, domain by domain). Sampling is by priority while √(E r²) / E r, what it could gain over uniform sampling (Katharopoulos and Fleuret,
+//! arXiv 1803.00942), is at least `least_gain`.
 mod histogram;
 mod tree;
 
@@ -22,7 +23,7 @@ use super::random::{key, mix};
 use super::rows::Rows;
 use super::{Corpus, Error};
 pub use histogram::RatioHistogram;
-pub use tree::SumTree;
+pub use tree::{MinTree, SumTree};
 
 /// How fast a source's running mean follows its rows' losses.
 const MEAN_RATE: f64 = 0.05;
@@ -33,7 +34,7 @@ const MEAN_RATE: f64 = 0.05;
 pub struct PriorityConfig {
     /// Power of the loss; 0 draws all rows alike.
     pub alpha: f64,
-    /// Power of the importance weights at the beginning and at the end of the run, on a straight line between them; at 1 no bias is left.
+    /// Power of the importance weights at the beginning and at the end of the run, on a straight line between them; at 1 no bias is left but in the length of the step.
     pub beta: [f64; 2],
     /// Added to a loss in nats, so that what is known by heart is still drawn.
     pub epsilon: f64,
@@ -107,6 +108,8 @@ struct SourcePriorities {
     /// r of the rows whose loss is known, 0 of the others; and its square.
     known: SumTree,
     squares: SumTree,
+    /// r of the rows whose loss is known, infinity of the others.
+    least: MinTree,
     /// 1 for every row whose loss is not known.
     unknown: SumTree,
     mean: f64,
@@ -184,6 +187,7 @@ impl PrioritySampler {
                 count: range.len(),
                 known: SumTree::new(range.clone().map(relative)),
                 squares: SumTree::new(range.clone().map(|row| relative(row).powi(2))),
+                least: MinTree::new(range.clone().map(|row| if saved.visited[row] == 0 { f64::INFINITY } else { relative(row) })),
                 unknown: SumTree::new(range.map(|row| f64::from(u8::from(saved.visited[row] == 0)))),
                 mean: f64::from_bits(saved.mean_bits[index]),
             }
@@ -304,9 +308,8 @@ impl PrioritySampler {
     /// The least r of any row.
     fn least_relative(&self) -> f64 {
         let of_source = |source: &SourcePriorities| {
-            let known = (0..source.count).map(|place| source.known.get(place)).filter(|&r| r > 0.0);
-            let unknown = (source.unknown.total() > 0.0).then(|| relative(&self.config, source.mean));
-            known.chain(unknown).fold(f64::INFINITY, f64::min)
+            let unknown = if source.unknown.total() > 0.0 { relative(&self.config, source.mean) } else { f64::INFINITY };
+            source.least.least().min(unknown)
         };
         self.sources.iter().map(of_source).fold(f64::INFINITY, f64::min)
     }
@@ -323,6 +326,7 @@ impl PrioritySampler {
             let place = row - source.first;
             source.known.set(place, r);
             source.squares.set(place, r * r);
+            source.least.set(place, r);
             source.unknown.set(place, 0.0);
             let rate = if saved.visited[source.first..source.first + source.count].iter().all(|&step| step == 0) { 1.0 } else { MEAN_RATE };
             source.mean += rate * (f64::from(loss) - source.mean);
@@ -345,6 +349,7 @@ impl PrioritySampler {
                 let place = row as usize - source.first;
                 source.known.set(place, 0.0);
                 source.squares.set(place, 0.0);
+                source.least.set(place, f64::INFINITY);
                 source.unknown.set(place, 1.0);
             }
         }

@@ -48,30 +48,45 @@ fn visit(sampler: &mut PrioritySampler, steps: std::ops::Range<u64>) -> Vec<Vec<
 fn rows_are_the_text_of_their_source() {
     let dir = tempfile::tempdir().unwrap();
     let corpus = prepared(dir.path()).1.corpus;
-    let rows = Rows::new(corpus.clone(), 5, LENGTH);
-    assert!(!rows.is_empty() && rows.of_source(2).end == rows.len());
-    for (index, source) in corpus.sources.iter().enumerate() {
-        let whole = source.shard.train_tokens() as usize / LENGTH;
-        assert_eq!(rows.of_source(index).len(), whole);
-        let mut batch = Batch::with_capacity(whole, LENGTH);
-        for row in rows.of_source(index) {
-            assert_eq!(rows.source_of(row), index);
-            rows.append(row, &mut batch);
+    // At one of these lengths a source leaves nothing, at one a single token, at others more.
+    let tokens = corpus.sources[0].shard.train_tokens() as usize;
+    let divisor = |of: usize| (2..of).find(|length| of.is_multiple_of(*length)).unwrap_or(of);
+    for length in [LENGTH, LENGTH + 1, divisor(tokens), divisor(tokens - 1)] {
+        let rows = Rows::new(corpus.clone(), 5, length);
+        assert!(!rows.is_empty() && rows.of_source(2).end == rows.len());
+        for (index, source) in corpus.sources.iter().enumerate() {
+            let tokens = source.shard.train_tokens() as usize;
+            let (whole, left) = (tokens / length, tokens % length);
+            let count = whole + usize::from(left > 1);
+            assert_eq!(rows.of_source(index).len(), count.max(1), "{tokens} in rows of {length}");
+            let mut batch = Batch::with_capacity(count, length);
+            let mut counted = 0;
+            for row in rows.of_source(index) {
+                assert_eq!(rows.source_of(row), index);
+                rows.append(row, &mut batch);
+                counted += rows.documents(row).iter().map(|(_, tokens)| tokens).sum::<usize>();
+            }
+            // Every token of the documents, in their order, with the bounds of documents and rows; a single last one is a target only.
+            let mut expected = Vec::new();
+            for document in super::super::packing::order(&corpus, 5, index, 0) {
+                source.shard.read(document, 0, source.shard.document_len(document), &mut expected);
+            }
+            let in_rows = if left > 1 { tokens } else { whole * length };
+            assert_eq!((batch.ids.len(), counted), (count * length, in_rows));
+            assert_eq!(batch.ids[..in_rows], expected[..in_rows]);
+            assert!((0..=count).all(|row| batch.cu_seqlens.contains(&((row * length) as u32))));
+            assert!(batch.targets.chunks(length).all(|row| row.iter().any(|&target| target != IGNORE)), "a row without a target");
+            // A target is the next token, also across the end of a row, unless the document ends.
+            let mut ends = 0;
+            for (position, &target) in batch.targets.iter().enumerate().take(tokens - 1) {
+                ends += usize::from(target == IGNORE);
+                assert!(target == IGNORE || target == expected[position + 1] as i32);
+            }
+            assert!(ends < source.shard.train().len());
+            // Padding is no text.
+            assert!(batch.targets[in_rows..].iter().all(|&target| target == IGNORE));
+            assert!(batch.domains[in_rows..].iter().all(|&domain| domain == ernie_model::steering::NO_DOMAIN));
         }
-        // Every token of the documents, in their order, with the bounds of documents and rows.
-        let mut expected = Vec::new();
-        for document in super::super::packing::order(&corpus, 5, index, 0) {
-            source.shard.read(document, 0, source.shard.document_len(document), &mut expected);
-        }
-        assert_eq!(batch.ids, expected[..whole * LENGTH]);
-        assert!((0..whole).all(|row| batch.cu_seqlens.contains(&((row * LENGTH) as u32))));
-        // A target is the next token, also across the end of a row, unless the document ends.
-        let mut ends = 0;
-        for (position, &target) in batch.targets.iter().enumerate().take(whole * LENGTH - 1) {
-            ends += usize::from(target == IGNORE);
-            assert!(target == IGNORE || target == expected[position + 1] as i32);
-        }
-        assert!(ends < source.shard.train().len());
     }
 }
 
@@ -150,6 +165,24 @@ fn without_anything_to_gain_rows_are_drawn_by_their_shares() {
         let share = draws.iter().filter(|draw| sampler.rows.source_of(draw.row as usize) == index).count() as f64 / draws.len() as f64;
         assert!((share - source.share).abs() < 0.03, "{share} for {}", source.share);
     }
+}
+
+#[test]
+fn the_least_priority_is_that_of_a_scan_over_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let config = PriorityConfig { staleness: 10, ..PriorityConfig::default() };
+    let mut sampler = sampler(&corpus, config.clone());
+    let scan = |sampler: &PrioritySampler| (0..sampler.rows.len()).map(|row| sampler.relative_of(row)).fold(f64::INFINITY, f64::min);
+    let mut seen = std::collections::BTreeSet::new();
+    for step in 1..80 {
+        visit(&mut sampler, step..step + 1);
+        assert_eq!(sampler.least_relative(), scan(&sampler), "step {step}");
+        seen.insert(sampler.least_relative().to_bits());
+    }
+    assert!(seen.len() > 5, "{} values", seen.len());
+    let resumed = PrioritySampler::resume(corpus.clone(), config, sampler.state().clone(), SHAPE, vec![0.0; corpus.sources.len()]).unwrap();
+    assert_eq!(resumed.least_relative(), scan(&resumed));
 }
 
 #[test]

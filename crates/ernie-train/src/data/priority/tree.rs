@@ -1,4 +1,4 @@
-//! Sums over changing numbers, and drawing by them.
+//! Sums and least of changing numbers, and drawing by sums.
 
 /// A binary tree of sums: a number is changed, and a place drawn in proportion to its number, in log n steps. Every inner sum is made of the two below
 /// it alone, so the tree depends on its numbers and not on the order in which they came.
@@ -59,6 +59,43 @@ impl SumTree {
     }
 }
 
+/// A binary tree of least numbers: one is changed in log n steps, the least of all is at hand.
+#[derive(Debug, Clone)]
+pub struct MinTree {
+    /// Leaves in the second half, the least of all at 1.
+    nodes: Vec<f64>,
+    leaves: usize,
+}
+
+impl MinTree {
+    /// A tree over these numbers; infinity stands for none.
+    pub fn new(values: impl ExactSizeIterator<Item = f64>) -> Self {
+        let leaves = values.len().next_power_of_two();
+        let mut nodes = vec![f64::INFINITY; leaves];
+        nodes.extend(values);
+        nodes.resize(2 * leaves, f64::INFINITY);
+        for index in (1..leaves).rev() {
+            nodes[index] = nodes[2 * index].min(nodes[2 * index + 1]);
+        }
+        MinTree { nodes, leaves }
+    }
+
+    /// The least of all; infinity if there is none.
+    pub fn least(&self) -> f64 {
+        self.nodes[1]
+    }
+
+    /// Changes a number.
+    pub fn set(&mut self, place: usize, value: f64) {
+        let mut index = self.leaves + place;
+        self.nodes[index] = value;
+        while index > 1 {
+            index /= 2;
+            self.nodes[index] = self.nodes[2 * index].min(self.nodes[2 * index + 1]);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,5 +123,20 @@ mod tests {
         let fresh = SumTree::new((0..37).map(|place| f64::from(place).sqrt() / 3.0));
         assert_eq!(tree.nodes, fresh.nodes);
         assert_eq!(SumTree::new(std::iter::once(2.0)).find(1.0), 0);
+    }
+
+    #[test]
+    fn the_least_is_that_of_a_scan() {
+        let mut values: Vec<f64> = (0..37).map(|place| f64::from(place % 7) + 1.0).collect();
+        let mut tree = MinTree::new(values.iter().copied());
+        assert_eq!(tree.least(), 1.0);
+        for step in 0..200usize {
+            let place = step * 11 % 37;
+            values[place] = if step.is_multiple_of(3) { f64::INFINITY } else { ((step * 29) % 101) as f64 + 0.5 };
+            tree.set(place, values[place]);
+            assert_eq!(tree.least(), values.iter().copied().fold(f64::INFINITY, f64::min), "step {step}");
+        }
+        (0..37).for_each(|place| tree.set(place, f64::INFINITY));
+        assert_eq!((tree.least(), MinTree::new(std::iter::once(2.0)).least()), (f64::INFINITY, 2.0));
     }
 }
