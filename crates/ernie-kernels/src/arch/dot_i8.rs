@@ -253,8 +253,8 @@ mod avx2 {
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
-    /// Words of the tokens that are widened at a time: 12 KiB.
-    const CHUNK: usize = 128;
+    /// Words of tokens that are widened at a time: 12 KiB. Few tokens have long pieces, for weights that come from memory are best read in long pieces.
+    const WIDENED: usize = 128 * TOKENS;
     /// Tokens at once: of sixteen registers eight are for sums and four for weights, each word of which is in use twice.
     const HEIGHT: usize = 4;
 
@@ -264,13 +264,14 @@ mod avx2 {
     pub unsafe fn tile(sums: &mut [i32], x: Tokens<'_>, weights: &[u8], panels: usize, words: usize) {
         let width = panels * PANEL;
         let height = x.count.div_ceil(x.count.div_ceil(HEIGHT));
-        let mut pairs = [[const { MaybeUninit::<i32>::uninit() }; TOKENS * CHUNK]; 2];
+        let piece = WIDENED / x.count;
+        let mut pairs = [[const { MaybeUninit::<i32>::uninit() }; WIDENED]; 2];
         // Once, too, where there are no words, for the sums are written then.
-        for from in (0..words.max(1)).step_by(CHUNK) {
-            let n = CHUNK.min(words - from);
+        for from in (0..words.max(1)).step_by(piece) {
+            let n = piece.min(words - from);
             for t in 0..x.count {
-                // SAFETY: words from..from + n of row t; t < TOKENS and n <= CHUNK.
-                unsafe { widen(&mut pairs, t * CHUNK, x.bytes.as_ptr().add(t * x.stride + 4 * from), n) };
+                // SAFETY: words from..from + n of row t; all rows' pieces fit, and n is at most a piece.
+                unsafe { widen(&mut pairs, t * piece, x.bytes.as_ptr().add(t * x.stride + 4 * from), n) };
             }
             for panel in 0..panels {
                 for first in (0..x.count).step_by(height) {
@@ -279,12 +280,12 @@ mod avx2 {
                     // SAFETY: word `from` of the panel; and the rows from `first` on, whose n words have just been written.
                     unsafe {
                         let w = weights.as_ptr().add((panel * words + from) * 4 * PANEL);
-                        let pairs = [pairs[0].as_ptr().add(first * CHUNK).cast::<i32>(), pairs[1].as_ptr().add(first * CHUNK).cast()];
+                        let pairs = [pairs[0].as_ptr().add(first * piece).cast::<i32>(), pairs[1].as_ptr().add(first * piece).cast()];
                         match count {
-                            1 => run::<1>(out, width, pairs, w, n, from > 0),
-                            2 => run::<2>(out, width, pairs, w, n, from > 0),
-                            3 => run::<3>(out, width, pairs, w, n, from > 0),
-                            _ => run::<HEIGHT>(out, width, pairs, w, n, from > 0),
+                            1 => run::<1>(out, width, pairs, piece, w, n, from > 0),
+                            2 => run::<2>(out, width, pairs, piece, w, n, from > 0),
+                            3 => run::<3>(out, width, pairs, piece, w, n, from > 0),
+                            _ => run::<HEIGHT>(out, width, pairs, piece, w, n, from > 0),
                         }
                     }
                 }
@@ -296,7 +297,7 @@ mod avx2 {
     /// The features; `n` words at `x`, and room for as many from `at` on in both halves of `pairs`.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn widen(pairs: &mut [[MaybeUninit<i32>; TOKENS * CHUNK]; 2], at: usize, x: *const u8, n: usize) {
+    unsafe fn widen(pairs: &mut [[MaybeUninit<i32>; WIDENED]; 2], at: usize, x: *const u8, n: usize) {
         let [even, odd] = pairs;
         let (even, odd) = (&mut even[at..at + n], &mut odd[at..at + n]);
         let whole = n - n % 8;
@@ -319,10 +320,10 @@ mod avx2 {
     /// Sums over `n` words of one panel and `T` tokens, added to those of `out` if `more`.
     ///
     /// # Safety
-    /// The features; `n` words of the panel at `w`, and of each token, `CHUNK` apart, in both of `pairs`.
+    /// The features; `n` words of the panel at `w`, and of each token, `piece` apart, in both of `pairs`.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run<const T: usize>(out: &mut [i32], width: usize, pairs: [*const i32; 2], w: *const u8, n: usize, more: bool) {
+    unsafe fn run<const T: usize>(out: &mut [i32], width: usize, pairs: [*const i32; 2], piece: usize, w: *const u8, n: usize, more: bool) {
         let mut sums = [[_mm256_setzero_si256(); 2]; T];
         let even = _mm256_set1_epi16(0xff);
         for l in 0..n {
@@ -334,7 +335,7 @@ mod avx2 {
                     [[_mm256_and_si256(w0, even), _mm256_and_si256(w1, even)], [_mm256_srli_epi16::<8>(w0), _mm256_srli_epi16::<8>(w1)]];
                 for half in 0..2 {
                     for t in 0..T {
-                        let x = _mm256_set1_epi32(*pairs[half].add(t * CHUNK + l));
+                        let x = _mm256_set1_epi32(*pairs[half].add(t * piece + l));
                         sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(x, halves[half][0]));
                         sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(x, halves[half][1]));
                     }
