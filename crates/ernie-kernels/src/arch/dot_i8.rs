@@ -246,17 +246,16 @@ mod avx_vnni {
     }
 }
 
-/// Bytes are widened to pairs of 16 bits, whose products cannot overflow, as in [`super::tile_i8`]: bytes 0 and 2 of a word, then bytes 1 and 3.
+/// Tokens are widened to 16 bits, once for all panels.
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
+    use super::super::byte_pairs::{self, HEIGHT, widen};
     use super::{PANEL, TOKENS, Tokens};
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
     /// Words of tokens that are widened at a time: 12 KiB. Few tokens have long pieces, for weights that come from memory are best read in long pieces.
     const WIDENED: usize = 128 * TOKENS;
-    /// Tokens at once: of sixteen registers eight are for sums and four for weights, each word of which is in use twice.
-    const HEIGHT: usize = 4;
 
     /// # Safety
     /// The features; sizes as [`super::tile`] asserts them.
@@ -270,8 +269,10 @@ mod avx2 {
         for from in (0..words.max(1)).step_by(piece) {
             let n = piece.min(words - from);
             for t in 0..x.count {
-                // SAFETY: words from..from + n of row t; all rows' pieces fit, and n is at most a piece.
-                unsafe { widen(&mut pairs, t * piece, x.bytes.as_ptr().add(t * x.stride + 4 * from), n) };
+                let [even, odd] = &mut pairs;
+                let halves = [&mut even[t * piece..][..n], &mut odd[t * piece..][..n]];
+                // SAFETY: words from..from + n of row t.
+                unsafe { widen(halves, x.bytes.as_ptr().add(t * x.stride + 4 * from), n) };
             }
             for panel in 0..panels {
                 for first in (0..x.count).step_by(height) {
@@ -293,30 +294,6 @@ mod avx2 {
         }
     }
 
-    /// # Safety
-    /// The features; `n` words at `x`, and room for as many from `at` on in both halves of `pairs`.
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn widen(pairs: &mut [[MaybeUninit<i32>; WIDENED]; 2], at: usize, x: *const u8, n: usize) {
-        let [even, odd] = pairs;
-        let (even, odd) = (&mut even[at..at + n], &mut odd[at..at + n]);
-        let whole = n - n % 8;
-        for l in (0..whole).step_by(8) {
-            // SAFETY: words l..l + 8 of n.
-            unsafe {
-                let x = _mm256_loadu_si256(x.add(4 * l).cast());
-                _mm256_storeu_si256(even.as_mut_ptr().add(l).cast(), _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)));
-                _mm256_storeu_si256(odd.as_mut_ptr().add(l).cast(), _mm256_srai_epi16::<8>(x));
-            }
-        }
-        for l in whole..n {
-            // SAFETY: word l < n.
-            let [b0, b1, b2, b3] = unsafe { x.add(4 * l).cast::<[i8; 4]>().read() }.map(i32::from);
-            even[l].write((b0 & 0xffff) | (b2 << 16));
-            odd[l].write((b1 & 0xffff) | (b3 << 16));
-        }
-    }
-
     /// Sums over `n` words of one panel and `T` tokens, added to those of `out` if `more`.
     ///
     /// # Safety
@@ -324,24 +301,8 @@ mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn run<const T: usize>(out: &mut [i32], width: usize, pairs: [*const i32; 2], piece: usize, w: *const u8, n: usize, more: bool) {
-        let mut sums = [[_mm256_setzero_si256(); 2]; T];
-        let even = _mm256_set1_epi16(0xff);
-        for l in 0..n {
-            // SAFETY: by the caller.
-            unsafe {
-                let w = w.add(l * 4 * PANEL);
-                let (w0, w1) = (_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast()));
-                let halves =
-                    [[_mm256_and_si256(w0, even), _mm256_and_si256(w1, even)], [_mm256_srli_epi16::<8>(w0), _mm256_srli_epi16::<8>(w1)]];
-                for half in 0..2 {
-                    for t in 0..T {
-                        let x = _mm256_set1_epi32(*pairs[half].add(t * piece + l));
-                        sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(x, halves[half][0]));
-                        sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(x, halves[half][1]));
-                    }
-                }
-            }
-        }
+        // SAFETY: by the caller.
+        let sums: [[__m256i; 2]; T] = unsafe { byte_pairs::sums(pairs, (piece, 1), w, 4 * PANEL, n) };
         for t in 0..T {
             let out = &mut out[t * width..][..PANEL];
             for half in 0..2 {

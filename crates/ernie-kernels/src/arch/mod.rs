@@ -1,4 +1,6 @@
 //! Instruction sets, chosen once at run time.
+#[cfg(target_arch = "x86_64")]
+mod byte_pairs;
 pub mod dot;
 pub mod dot_bf16;
 pub mod dot_i4;

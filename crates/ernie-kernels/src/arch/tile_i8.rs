@@ -7,6 +7,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::mem::MaybeUninit;
 
+#[cfg(target_arch = "x86_64")]
+use super::byte_pairs::{self, HEIGHT, widen};
 use super::isa::{Isa, isa, simd_fn};
 use super::matrix::MatMut;
 use super::quantised::Panel;
@@ -102,68 +104,27 @@ const MAX_WORDS: usize = super::quantised::BLOCK / 4;
 unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
     use std::arch::x86_64::*;
     let (rows, cols, _) = c.layout();
-    const { assert!(ROWS.is_multiple_of(HEIGHT) && ROWS.is_multiple_of(4) && COLS.is_multiple_of(16)) };
-    // Of each word of a, bytes 0 and 2 and bytes 1 and 3 as pairs of 16 bits.
+    const { assert!(ROWS.is_multiple_of(HEIGHT) && COLS.is_multiple_of(16)) };
     let mut pairs = [[const { MaybeUninit::<i32>::uninit() }; ROWS * MAX_WORDS]; 2];
-    for at in (0..words * ROWS).step_by(4) {
-        // SAFETY: the four words from `at` on lie inside the panel and inside both halves of `pairs`, for a word has a multiple of four rows.
-        unsafe {
-            let x = _mm_loadu_si128(a.bytes.as_ptr().add(4 * at).cast());
-            _mm_storeu_si128(pairs[0].as_mut_ptr().add(at).cast(), _mm_srai_epi16::<8>(_mm_slli_epi16::<8>(x)));
-            _mm_storeu_si128(pairs[1].as_mut_ptr().add(at).cast(), _mm_srai_epi16::<8>(x));
-        }
-    }
+    let [even, odd] = &mut pairs;
+    // SAFETY: the words of the panel.
+    unsafe { widen([even, odd], a.bytes.as_ptr(), words * ROWS) };
     for col in (0..cols).step_by(16) {
         for row in (0..rows).step_by(HEIGHT) {
-            let mut sums = [[0i32; 16]; HEIGHT];
             let pairs = [pairs[0].as_ptr().wrapping_add(row).cast(), pairs[1].as_ptr().wrapping_add(row).cast()];
-            // SAFETY: parts of four rows, all written above, and of sixteen columns of the two panels, whose lengths `tile` asserts.
-            unsafe { avx2_part(&mut sums, pairs, b.bytes.as_ptr().wrapping_add(4 * col), words) };
-            for (i, sums) in sums.iter_mut().enumerate().take(rows - row) {
+            let b_part = b.bytes.as_ptr().wrapping_add(4 * col);
+            // SAFETY: parts of four rows, all widened above, and of sixteen columns of the two panels, whose lengths `tile` asserts.
+            let registers: [[__m256i; 2]; HEIGHT] = unsafe { byte_pairs::sums(pairs, (1, ROWS), b_part, 4 * COLS, words) };
+            for (i, registers) in registers.iter().enumerate().take(rows - row) {
                 // b holds q + 128: the sums have 128·Σ q_a too much.
-                let excess = a.sums[row + i] * 128;
-                for sum in sums.iter_mut() {
-                    *sum -= excess;
+                let excess = _mm256_set1_epi32(a.sums[row + i] * 128);
+                let mut sums = [0i32; 16];
+                for half in 0..2 {
+                    // SAFETY: sixteen sums.
+                    unsafe { _mm256_storeu_si256(sums.as_mut_ptr().add(8 * half).cast(), _mm256_sub_epi32(registers[half], excess)) };
                 }
-                scaled(&mut c.row_mut(row + i)[col..(col + 16).min(cols)], sums, a.scales[row + i], &b.scales[col..], update);
+                scaled(&mut c.row_mut(row + i)[col..(col + 16).min(cols)], &sums, a.scales[row + i], &b.scales[col..], update);
             }
-        }
-    }
-}
-
-/// Rows of a part: of sixteen registers eight are for sums and four for b, each word of which is in use twice.
-#[cfg(target_arch = "x86_64")]
-const HEIGHT: usize = 4;
-
-/// # Safety
-/// The features; `pairs` must hold `words` rows of [`ROWS`] pairs each and b as many of [`COLS`] words, from the part's first row and column on.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn avx2_part(out: &mut [[i32; 16]; HEIGHT], pairs: [*const i32; 2], b: *const u8, words: usize) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm256_setzero_si256(); 2]; HEIGHT];
-    let even = _mm256_set1_epi16(0xff);
-    for l in 0..words {
-        // SAFETY: by the caller.
-        unsafe {
-            let b = b.add(l * 4 * COLS);
-            let (b0, b1) = (_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(32).cast()));
-            let halves =
-                [[_mm256_and_si256(b0, even), _mm256_and_si256(b1, even)], [_mm256_srli_epi16::<8>(b0), _mm256_srli_epi16::<8>(b1)]];
-            for half in 0..2 {
-                for i in 0..HEIGHT {
-                    let x = _mm256_set1_epi32(*pairs[half].add(l * ROWS + i));
-                    sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(x, halves[half][0]));
-                    sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(x, halves[half][1]));
-                }
-            }
-        }
-    }
-    for i in 0..HEIGHT {
-        for half in 0..2 {
-            // SAFETY: sixteen sums of each row.
-            unsafe { _mm256_storeu_si256(out[i].as_mut_ptr().add(8 * half).cast(), sums[i][half]) };
         }
     }
 }
