@@ -6,6 +6,9 @@ All sides start from one checkpoint and see the same batches (prepare.py). Each 
 reversed order every other round, so that a machine that slows down slows them all. Ratios are taken inside a round. The first run of a
 side takes at least as many steps as losses are compared; float32 losses that differ by more than the tolerance fail the comparison.
 
+`--recompute` puts a second side beside each precision of ours, with layers computed again in the backward pass instead of kept: what that
+costs in speed and saves in memory. Its losses are those of the side that keeps them.
+
 Dense losses agree to 1e-5. Of a mixture of experts, rounding decides where two experts score alike, and a token sent elsewhere moves the
 loss of later steps: weights changed by 1e-6 move either side's losses by up to 6e-4 in 12 steps, as far as the sides lie apart.
 """
@@ -27,6 +30,7 @@ from prepare import prepare
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PRECISIONS = ("f32", "int8-mixed")
+RECOMPUTED = {f"{precision} recomputed": precision for precision in PRECISIONS}
 PEERS = ("eager", "compile", "transformers")
 COMPARED_STEPS, TOLERANCE = 20, 1e-3
 # `batched_mm` is no candidate: it copies each token's experts and needs tens of GB here.
@@ -45,6 +49,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=some_of(CONFIGS), default=list(CONFIGS), help="default: %(default)s")
     parser.add_argument("--precisions", type=some_of(PRECISIONS), default=["f32"], help="of ours, f32 and int8-mixed; default: f32")
+    parser.add_argument("--recompute", action="store_true",
+                        help="also ours with layers computed again in the backward pass, in each precision")
     parser.add_argument("--peers", type=some_of(PEERS), default=list(PEERS), help="default: %(default)s, each where it applies")
     parser.add_argument("--runs", type=int, default=5, help="rounds; default: 5")
     parser.add_argument("--steps", type=int, help="timed steps of a run; default: by configuration")
@@ -70,8 +76,8 @@ class Runner:
 
     def run(self, side, name, warm, steps, experts):
         config, folder = CONFIGS[name], self.options.work / name
-        if side in PRECISIONS:
-            command = [self.ours, "--precision", side]
+        if is_ours(side):
+            command = [self.ours, "--precision", RECOMPUTED.get(side, side), "--recompute", "yes" if side in RECOMPUTED else "no"]
         else:
             command = [sys.executable, HERE / "peer.py", "--peer", side, "--experts", experts]
         sizes = {"rows": config.rows, "length": config.length, "warm": warm, "steps": steps, "threads": self.options.threads,
@@ -105,7 +111,8 @@ def compare(runner, name):
     """All rounds of one configuration, as they go into the result file."""
     options, config = runner.options, CONFIGS[name]
     prepare(name, options.work)
-    sides = [*options.precisions, *(peer for peer in config.peers if peer in options.peers)]
+    ours = ours_of(options)
+    sides = [*ours, *(peer for peer in config.peers if peer in options.peers)]
     experts = options.experts
     if experts == "fastest" and "transformers" in sides:
         experts = fastest_experts(runner, name)
@@ -129,9 +136,9 @@ def compare(runner, name):
         entry["loss_difference"] = difference(runs[first][0], runs[side][0])
         if side in PEERS:
             entry["against"] = {
-                ours: {"speed_ratio": spread([a["tokens_per_second"] / b for a, b in zip(runs[ours], speed)]),
-                       "rss_ratio": spread([a["peak_rss_mib"] / b for a, b in zip(runs[ours], memory)])}
-                for ours in options.precisions
+                our: {"speed_ratio": spread([a["tokens_per_second"] / b for a, b in zip(runs[our], speed)]),
+                      "rss_ratio": spread([a["peak_rss_mib"] / b for a, b in zip(runs[our], memory)])}
+                for our in ours
             }
     return report
 
@@ -144,19 +151,29 @@ def spread(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def ours_of(options):
+    """Our sides: the precisions that were asked for, each recomputed right after it."""
+    again = {precision: side for side, precision in RECOMPUTED.items()} if options.recompute else {}
+    return [side for precision in options.precisions for side in (precision, again.get(precision)) if side]
+
+
+def is_ours(side):
+    return side in PRECISIONS or side in RECOMPUTED
+
+
 def label(side):
-    return f"ours {side}" if side in PRECISIONS else f"torch {side}"
+    return f"ours {side}" if is_ours(side) else f"torch {side}"
 
 
 def table(name, report):
     config = CONFIGS[name]
     print(f"\n{name}: {config.rows} x {config.length} tokens a step, {report['flops_per_token'] / 1e6:.1f} MFLOP a token")
-    print(f"  {'':<20}{'tok/s':>9}{'min':>9}{'max':>9}{'GFLOP/s':>9}{'limit':>7}{'peak MiB':>10}{'max |Δ loss|':>14}")
+    print(f"  {'':<28}{'tok/s':>9}{'min':>9}{'max':>9}{'GFLOP/s':>9}{'limit':>7}{'peak MiB':>10}{'max |Δ loss|':>14}")
     ratios = []
     for side, entry in report["sides"].items():
         speed = entry["tokens_per_second"]
         share = f"{entry['share_of_limit']:.0%}" if "share_of_limit" in entry else "-"
-        print(f"  {label(side):<20}{speed['median']:>9.1f}{speed['min']:>9.1f}{speed['max']:>9.1f}{entry['gflops']:>9.1f}{share:>7}"
+        print(f"  {label(side):<28}{speed['median']:>9.1f}{speed['min']:>9.1f}{speed['max']:>9.1f}{entry['gflops']:>9.1f}{share:>7}"
               f"{entry['peak_rss_mib']['median']:>10.0f}{entry['loss_difference']:>14.1e}")
         for ours, against in entry.get("against", {}).items():
             speed, rss = against["speed_ratio"], against["rss_ratio"]
@@ -169,9 +186,10 @@ def disagreements(name, report):
     """Sides whose losses are not those of ours in float32. Other precisions are other numbers; their difference is only shown."""
     if report["ours"] != "f32":
         return []
-    compared = [(side, entry["loss_difference"]) for side, entry in report["sides"].items() if side in PEERS]
+    sides = [side for side in report["sides"] if side in PEERS or RECOMPUTED.get(side) == "f32"]
+    compared = [(side, report["sides"][side]["loss_difference"]) for side in sides]
     # Not `>`: NaN does not agree either.
-    return [f"{name}: losses of ours and {label(side)} differ by {gap:.1e}, more than {TOLERANCE}"
+    return [f"{name}: losses of ours f32 and {label(side)} differ by {gap:.1e}, more than {TOLERANCE}"
             for side, gap in compared if not gap <= TOLERANCE]
 
 
