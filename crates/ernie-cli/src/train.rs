@@ -5,7 +5,7 @@ use ernie_eval::explain::{explain, svg};
 use ernie_train::data::{self, SourceReport};
 use ernie_train::recipe::{Export, ExportDtype};
 use ernie_train::sweep::{Figure, Spread, SweepReport};
-use ernie_train::{Precision, Recipe, Report, Sweep, TrainOptions, memory, snapshot};
+use ernie_train::{Precision, Profile, Recipe, Report, Sweep, TrainOptions, memory, snapshot};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -55,6 +55,9 @@ pub struct TrainArguments {
     /// Check the recipe and show what the data and the memory come to; trains nothing
     #[arg(long)]
     dry_run: bool,
+    /// Measure where the time goes, operator by operator, and show it at the end
+    #[arg(long, conflicts_with_all = ["sweep", "dry_run"])]
+    profile: bool,
     /// No progress on standard error
     #[arg(long)]
     quiet: bool,
@@ -123,7 +126,8 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     }
     let interrupt = Interrupt::install()?;
     let working = interrupt.begin();
-    let options = TrainOptions { data_root: arguments.data.clone(), quiet: arguments.quiet, stop: interrupt.flag() };
+    let options =
+        TrainOptions { data_root: arguments.data.clone(), quiet: arguments.quiet, profile: arguments.profile, stop: interrupt.flag() };
     let report = ernie_train::train(&recipe, &options)?;
     drop(working);
     if !report.finished {
@@ -142,7 +146,8 @@ fn sweep(arguments: &TrainArguments) -> anyhow::Result<()> {
     let sweep = Sweep::from_file(&arguments.recipe)?;
     let interrupt = Interrupt::install()?;
     let working = interrupt.begin();
-    let options = TrainOptions { data_root: arguments.data.clone(), quiet: arguments.quiet, stop: interrupt.flag() };
+    let options =
+        TrainOptions { data_root: arguments.data.clone(), quiet: arguments.quiet, stop: interrupt.flag(), ..TrainOptions::default() };
     let report = sweep.run(&options, &mut |doing| {
         if !arguments.quiet {
             eprintln!("{doing}");
@@ -275,7 +280,24 @@ fn print_report(arguments: &TrainArguments, report: &Report, exported: Option<&P
             let _ = writeln!(out, "{source:<24}{loss:>10.4}{:>14.2}", loss.exp());
         }
     }
+    if let Some(profile) = &report.profile {
+        out += &profile_table(profile);
+    }
     write_out(&out)
+}
+
+/// Seconds and shares; the rows make up the last line.
+fn profile_table(profile: &Profile) -> String {
+    let whole = profile.seconds();
+    let share = |seconds: f64| 100.0 * seconds / whole.max(f64::MIN_POSITIVE);
+    let mut text = format!("\n{:<20}{:>10}{:>10}{:>10}{:>9}\n", "time, s", "forward", "backward", "both", "share");
+    for (name, passes, seconds) in profile.rows() {
+        let [forward, backward] = passes.map_or([const { String::new() }; 2], |passes| passes.map(|seconds| format!("{seconds:.2}")));
+        let _ = writeln!(text, "{:<20}{forward:>10}{backward:>10}{seconds:>10.2}{:>8.1}%", name.replace('_', " "), share(seconds));
+    }
+    let steps = format!("{} steps and all", profile.steps);
+    let _ = writeln!(text, "{steps:<40}{whole:>10.2}{:>8.1}%", share(whole));
+    text
 }
 
 fn write_out(text: &str) -> anyhow::Result<()> {

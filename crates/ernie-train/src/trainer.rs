@@ -14,13 +14,13 @@ use std::{
 
 use crate::{
     curriculum::{Curriculum, difficulty},
-    data::{self, Prepared, Stream, packing::Batch, priority::Draw, priority::RatioHistogram},
-    experts::ExpertUse,
-    heads::HeadUse,
+    data::{self, Prepared, Stream, packing::Batch, priority::Draw},
     memory,
     optimizer::{self, AdamW, AdamWConfig},
     origin::{Origin, recipe_fingerprint, reference_hash, refuse_another},
+    profile::{Clocks, Part},
     recipe::{self, Recipe},
+    report::Report,
     routing,
     schedule::{Schedule, ScheduleError},
     snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
@@ -121,39 +121,10 @@ pub struct TrainOptions {
     pub data_root: Option<PathBuf>,
     /// No progress on standard error.
     pub quiet: bool,
+    /// Measure where the time goes, operator by operator; the report says it.
+    pub profile: bool,
     /// Set from elsewhere (Ctrl-C): the run finishes its step, writes a checkpoint and returns.
     pub stop: Arc<AtomicBool>,
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Report {
-    /// False if it was stopped before its last step.
-    pub finished: bool,
-    /// Optimizer steps taken, over all runs.
-    pub steps: u64,
-    /// Tokens trained on, over all runs.
-    pub tokens: u64,
-    /// Seconds spent in steps, over all runs.
-    pub seconds: f64,
-    /// Validation loss per source in nats per token, if finished.
-    pub validation: Vec<(String, f64)>,
-    /// Where the experts' tokens came from at the end, on validation documents; of a finished model with experts.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub experts: Option<ExpertUse>,
-    /// What the gates of each layer that has them did on validation documents, if finished.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub active_heads: Vec<HeadUse>,
-    /// How rows were drawn at the end, where they are drawn by priority.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sampling: Option<RatioHistogram>,
-    /// The model directory: the finished model, or the last checkpoint.
-    pub model_dir: PathBuf,
-    /// The most memory that this process has had, in bytes, where the system tells (Linux: VmHWM).
-    pub peak_rss_bytes: Option<u64>,
-    /// What it was made with, if finished; reports of earlier programs do not say.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub origin: Option<Origin>,
 }
 
 /// Trains the recipe's model, from its last checkpoint if there is one, to its end or until `options.stop`.
@@ -163,7 +134,7 @@ pub struct Report {
 /// # Errors
 /// See [`TrainError`]. The last checkpoint is whole whatever happens.
 pub fn train(recipe: &Recipe, options: &TrainOptions) -> Result<Report, TrainError> {
-    let Some(mut trainer) = Trainer::open(recipe, options)? else { return Ok(not_begun(recipe)) };
+    let Some(mut trainer) = Trainer::open(recipe, options)? else { return Ok(Report::not_begun(recipe)) };
     while trainer.position.step < trainer.total_steps {
         if options.stop.load(Ordering::Relaxed) {
             return trainer.interrupted();
@@ -220,6 +191,7 @@ struct Trainer<'a> {
     optimizer: AdamW,
     position: Position,
     telemetry: Telemetry,
+    clocks: Clocks,
     /// Held for as long as the run goes, so that no other process trains into the same folder.
     _lock: std::fs::File,
 }
@@ -333,6 +305,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             position,
             telemetry,
+            clocks: Clocks::new(options.profile),
             _lock: lock,
         }))
     }
@@ -349,6 +322,7 @@ impl<'a> Trainer<'a> {
         let batches = (0..self.recipe.data.gradient_accumulation).map(next).collect::<Result<Vec<_>, _>>()?;
         let gain = self.stream.gain();
         let (mut batches, draws): (Vec<PackedBatch>, Vec<Vec<Draw>>) = batches.into_iter().unzip();
+        self.clocks.add(Part::Data, start);
         if let Some(curriculum) = &mut self.curriculum {
             let assigned = curriculum.begin(step);
             if !assigned.is_empty() {
@@ -356,9 +330,11 @@ impl<'a> Trainer<'a> {
             }
             batches.iter_mut().enumerate().for_each(|(micro, batch)| curriculum.steer(step, micro, batch));
         }
-        let mut outcome = self.gradients(step, &batches);
+        let (mut outcome, times) = self.clocks.time(|| self.gradients(step, &batches));
+        self.clocks.add_operators(times);
         outcome.extra.extend(gain.map(|gain| ("sampling_gain".to_string(), gain)));
         finite(step, "the loss", outcome.cross_entropy)?;
+        let updating = Instant::now();
         let norm = optimizer::global_norm(&outcome.gradients);
         finite(step, "the gradient norm", norm)?;
         let lr = self.schedule.lr(step);
@@ -366,6 +342,7 @@ impl<'a> Trainer<'a> {
         let loads = self.curriculum.as_ref().and_then(|curriculum| curriculum.loads(step));
         let used = Used { usage, loads };
         self.update(lr, gradients, optimizer::clip_scale(norm, self.recipe.optimizer.clip_norm), &used);
+        self.clocks.add(Part::Optimizer, updating);
 
         for ((batch, draws), losses) in batches.iter().zip(&draws).zip(&token_losses) {
             self.stream.observe(step, draws, &batch.targets, losses);
@@ -398,6 +375,7 @@ impl<'a> Trainer<'a> {
                 extra,
             })?;
         }
+        self.clocks.add(Part::Step, start);
         Ok(())
     }
 
@@ -468,34 +446,47 @@ impl<'a> Trainer<'a> {
         self.model = Some(updated);
     }
 
-    fn validate(&self) -> Validated {
+    fn validate(&mut self) -> Validated {
+        let start = Instant::now();
         let expert_losses = self.curriculum.as_ref().map(Curriculum::losses).unwrap_or_default();
-        Validated { expert_losses, ..validate(self.model(), &self.prepared.corpus, self.recipe) }
+        let validated = validate(self.model(), &self.prepared.corpus, self.recipe);
+        self.clocks.add(Part::Validation, start);
+        Validated { expert_losses, ..validated }
     }
 
     fn checkpoint(&mut self) -> Result<PathBuf, TrainError> {
+        let start = Instant::now();
         let directory = snapshot::Directory { root: &checkpoints(self.recipe), tokenizer: &self.prepared.tokenizer_dir };
         let model = self.model.as_ref().expect("the model is only away inside `step`");
-        Ok(snapshot::write(&directory, &self.config, model, &self.optimizer, &self.position, self.recipe.run.keep_last)?)
+        let written = snapshot::write(&directory, &self.config, model, &self.optimizer, &self.position, self.recipe.run.keep_last)?;
+        self.clocks.add(Part::Checkpoints, start);
+        Ok(written)
     }
 
     fn interrupted(mut self) -> Result<Report, TrainError> {
         let model_dir = self.checkpoint()?;
-        let report = self.report(None, model_dir);
-        self.telemetry.finish()?;
-        Ok(report)
+        self.close(None, model_dir)
     }
 
-    fn finish(self) -> Result<Report, TrainError> {
+    fn finish(mut self) -> Result<Report, TrainError> {
         let model_dir = self.recipe.run.out.join("model");
         let validation = self.validate();
+        let start = Instant::now();
         export(&model_dir, &self.config, self.model(), &self.prepared.tokenizer_dir, SaveDtype::F32)?;
-        let report = self.report(Some(validation), model_dir);
+        self.clocks.add(Part::Checkpoints, start);
+        self.close(Some(validation), model_dir)
+    }
+
+    /// Ends the telemetry of a run, which is finished if it was validated, and reports it.
+    fn close(mut self, validated: Option<Validated>, model_dir: PathBuf) -> Result<Report, TrainError> {
+        let report = self.report(validated, model_dir);
+        if let Some(profile) = &report.profile {
+            self.telemetry.profile(report.steps, profile.clone())?;
+        }
         self.telemetry.finish()?;
         Ok(report)
     }
 
-    /// Of a run that is finished if it was validated.
     fn report(&self, validated: Option<Validated>, model_dir: PathBuf) -> Report {
         let Position { step, tokens, seconds, .. } = self.position;
         let finished = validated.is_some();
@@ -511,6 +502,7 @@ impl<'a> Trainer<'a> {
             sampling: self.stream.spread(),
             model_dir,
             peak_rss_bytes: memory::peak_rss_bytes(),
+            profile: self.clocks.profile(),
             origin: finished.then(|| Origin::of(self.recipe)),
         }
     }
@@ -524,23 +516,6 @@ pub fn export(dir: &Path, config: &Config, model: &Ernie, tokenizer_dir: &Path, 
     let tensors = model.export().into_iter().map(|(name, shape, values)| (name, shape, values.into()));
     ernie_checkpoint::save(dir, config, tensors, &SaveOptions { dtype, ..SaveOptions::default() })?;
     Ok(snapshot::copy_tokenizer(tokenizer_dir, dir)?)
-}
-
-/// Of a run that was stopped before its first step.
-fn not_begun(recipe: &Recipe) -> Report {
-    Report {
-        finished: false,
-        steps: 0,
-        tokens: 0,
-        seconds: 0.0,
-        validation: Vec::new(),
-        experts: None,
-        active_heads: Vec::new(),
-        sampling: None,
-        model_dir: recipe.run.out.clone(),
-        peak_rss_bytes: memory::peak_rss_bytes(),
-        origin: None,
-    }
 }
 
 /// Takes the run's folder for this process. The operating system gives it back when the process ends, however it ends.

@@ -142,6 +142,21 @@ fn a_trial_run_goes_elsewhere_and_exports_nothing() {
 }
 
 #[test]
+fn a_profile_shows_where_the_time_went() {
+    let dir = project();
+    let out = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let table = train(dir.path(), &["--steps", "2", "--profile", "--out", &out("asked")]).ok();
+    for row in ["forward", "gate up", "experts", "attention", "head", "optimizer", "data", "rest of the steps", "2 steps and all"] {
+        assert!(table.contains(row), "no {row:?} in\n{table}");
+    }
+    let json = train(dir.path(), &["--steps", "2", "--profile", "--json", "--out", &out("json")]).json();
+    assert!(json["profile"]["operators"][0]["forward"].as_f64().unwrap() > 0.0, "{json}");
+    let plain = train(dir.path(), &["--steps", "2", "--out", &out("unasked")]).ok();
+    assert!(plain.contains("perplexity") && !plain.contains("forward") && !plain.contains("optimizer"), "{plain}");
+    ernie(["train", "tiny.toml", "--sweep", "--profile"]).fails(2, &["--profile"]);
+}
+
+#[test]
 fn the_peak_of_memory_is_the_predicted_one() {
     let dir = project();
     let file = dir.path().join("tiny.toml");

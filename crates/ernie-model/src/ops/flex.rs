@@ -4,6 +4,7 @@ use std::{borrow::Cow, sync::Arc};
 use super::{
     AttentionContext, ExpertsContext, LossContext, Precision,
     fused::{Fused, FusedKernels},
+    profile::{self, Operator},
 };
 use burn::{
     backend::{Flex, tensor::FloatTensor},
@@ -81,6 +82,11 @@ fn experts_shape(x: &X, gate: &X, context: &ExpertsContext) -> kernels::experts:
     kernels::experts::Shape { tokens, hidden, intermediate, experts, top_k: context.top_k }
 }
 
+/// What a norm with two or three layers behind it is, by the number of its inputs: x, norm, and the layers' weights.
+fn norm_linear<const N: usize>() -> Operator {
+    if N == 5 { Operator::Qkv } else { Operator::GateUp }
+}
+
 impl Fused for Flex {
     fn fused_linear(x: X, w: X) -> X {
         <Self as FusedKernels>::linear_kernel(&x, &w)
@@ -125,6 +131,7 @@ impl Fused for Flex {
 
 impl FusedKernels for Flex {
     fn linear_kernel(x: &X, w: &X) -> X {
+        let _clock = profile::forward(Operator::Linear);
         let (x, w) = (ordered(x), ordered(w));
         let ([m, k], [n, _]) = (dims(&x), dims(&w));
         let mut y = buffer(m * n);
@@ -133,6 +140,7 @@ impl FusedKernels for Flex {
     }
 
     fn linear_gradient(x: X, w: X, dy: X) -> [X; 2] {
+        let _clock = profile::backward(Operator::Linear);
         let (x, w, dy) = (in_order(x), ordered(&w), in_order(dy));
         let ([m, k], [n, _]) = (dims(&x), dims(&w));
         let (mut dx, mut dw) = (buffer(m * k), buffer(n * k));
@@ -142,11 +150,13 @@ impl FusedKernels for Flex {
     }
 
     fn rms_norm_kernel(x: &X, w: &X, eps: f64) -> X {
+        let _clock = profile::forward(Operator::Norm);
         let (x, w) = (ordered(x), ordered(w));
         filled(&x, |y| kernels::rms_norm::forward(y, slice(&x), slice(&w), eps as f32))
     }
 
     fn rms_norm_gradient(x: X, w: X, eps: f64, dy: X) -> [X; 2] {
+        let _clock = profile::backward(Operator::Norm);
         let (x, w, dy) = (in_order(x), ordered(&w), in_order(dy));
         let mut dw = buffer(len(&w));
         let dx = filled(&x, |dx| kernels::rms_norm::backward(dx, &mut dw, slice(&x), slice(&w), slice(&dy), eps as f32));
@@ -155,6 +165,7 @@ impl FusedKernels for Flex {
     }
 
     fn norm_linear_kernel<const N: usize>(inputs: &[X; N], eps: f64, precision: Precision) -> X {
+        let _clock = profile::forward(norm_linear::<N>());
         let inputs = inputs.each_ref().map(ordered);
         let [x, norm, weights @ ..] = &inputs[..] else { unreachable!("x, norm and weights") };
         let outputs = weights.iter().map(|w| dims::<2>(w)[0]).sum::<usize>();
@@ -166,6 +177,7 @@ impl FusedKernels for Flex {
     }
 
     fn norm_linear_gradient<const N: usize>(inputs: [X; N], eps: f64, precision: Precision, dy: X) -> [X; N] {
+        let _clock = profile::backward(norm_linear::<N>());
         let dy = in_order(dy);
         let mut gradients = inputs.each_ref().map(|input| buffer(len(input)));
         {
@@ -185,6 +197,7 @@ impl FusedKernels for Flex {
     }
 
     fn linear_add_kernel([residual, x, w]: [&X; 3], precision: Precision) -> X {
+        let _clock = profile::forward(Operator::Output);
         let (residual, x, w) = (ordered(residual), ordered(x), ordered(w));
         let [_, k] = dims(&x);
         filled(&residual, |y| {
@@ -195,6 +208,7 @@ impl FusedKernels for Flex {
     }
 
     fn linear_add_gradient([x, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
+        let _clock = profile::backward(Operator::Output);
         let (dy, x, w) = (ordered(dy), in_order(x), ordered(&w));
         let [_, k] = dims(&x);
         let mut dw = buffer(len(&w));
@@ -206,11 +220,13 @@ impl FusedKernels for Flex {
     }
 
     fn swiglu_linear_add_kernel([residual, gate_up, w]: [&X; 3], precision: Precision) -> X {
+        let _clock = profile::forward(Operator::Down);
         let (residual, gate_up, w) = (ordered(residual), ordered(gate_up), ordered(w));
         filled(&residual, |y| swiglu_linear(&w, precision).forward(y, slice(&residual), slice(&gate_up)))
     }
 
     fn swiglu_linear_add_gradient([gate_up, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
+        let _clock = profile::backward(Operator::Down);
         let (dy, mut gate_up, w) = (ordered(dy), in_order(gate_up), ordered(&w));
         if !gate_up.is_unique() {
             gate_up = filled(&gate_up, |copy| copy.copy_from_slice(slice(&gate_up)));
@@ -221,6 +237,7 @@ impl FusedKernels for Flex {
     }
 
     fn rope_attention_kernel(qkv: &X, context: &AttentionContext) -> (X, Arc<Vec<f32>>) {
+        let _clock = profile::forward(Operator::Attention);
         let qkv = ordered(qkv);
         let ([t, _], heads) = (dims(&qkv), context.shape);
         let (mut out, mut lse) = (buffer(t * heads.q_heads * heads.head_dim), buffer(t * heads.q_heads));
@@ -229,6 +246,7 @@ impl FusedKernels for Flex {
     }
 
     fn rope_attention_gradient(qkv: X, out: X, lse: &[f32], context: &AttentionContext, dy: X) -> X {
+        let _clock = profile::backward(Operator::Attention);
         let (qkv, dy) = (in_order(qkv), in_order(dy));
         let dqkv = filled(&qkv, |dqkv| {
             let (rope, heads) = (&context.rope, context.shape);
@@ -239,6 +257,7 @@ impl FusedKernels for Flex {
     }
 
     fn paragraph_attention_kernel(qkv: &X, pool: &X, context: &AttentionContext) -> (X, Arc<Vec<f32>>) {
+        let _clock = profile::forward(Operator::Attention);
         let (qkv, pool) = (ordered(qkv), ordered(pool));
         let ([t, _], heads) = (dims(&qkv), context.shape);
         let (mut out, mut lse) = (buffer(t * heads.q_heads * heads.head_dim), buffer(t * heads.q_heads));
@@ -247,6 +266,7 @@ impl FusedKernels for Flex {
     }
 
     fn paragraph_attention_gradient([qkv, pool]: [X; 2], out: X, lse: &[f32], context: &AttentionContext, dy: X) -> [X; 2] {
+        let _clock = profile::backward(Operator::Attention);
         let (qkv, pool, dy) = (in_order(qkv), in_order(pool), in_order(dy));
         let mut dpool = buffer(len(&pool));
         let dqkv = filled(&qkv, |dqkv| {
@@ -259,6 +279,7 @@ impl FusedKernels for Flex {
     }
 
     fn semantic_density_kernel(x: &X, decay: &X, cu_seqlens: &[u32]) -> X {
+        let _clock = profile::forward(Operator::Density);
         let (x, decay) = (ordered(x), ordered(decay));
         let [t, h] = dims(&x);
         let mut d = buffer(t);
@@ -267,6 +288,7 @@ impl FusedKernels for Flex {
     }
 
     fn semantic_density_gradient(x: X, decay: X, cu_seqlens: &[u32], dd: X) -> [X; 2] {
+        let _clock = profile::backward(Operator::Density);
         let (x, decay, dd) = (in_order(x), ordered(&decay), in_order(dd));
         let [_, h] = dims(&x);
         let mut of_decay = 0.0;
@@ -276,12 +298,14 @@ impl FusedKernels for Flex {
     }
 
     fn gate_heads_kernel(heads: &X, logits: &X, threshold: f64) -> X {
+        let _clock = profile::forward(Operator::HeadGates);
         let (heads, logits) = (ordered(heads), ordered(logits));
         let [_, n] = dims(&logits);
         filled(&heads, |y| kernels::head_gates::forward(y, slice(&heads), slice(&logits), n, threshold as f32))
     }
 
     fn gate_heads_gradient([heads, logits]: [X; 2], threshold: f64, dy: X) -> [X; 2] {
+        let _clock = profile::backward(Operator::HeadGates);
         let (heads, logits, dy) = (in_order(heads), in_order(logits), in_order(dy));
         let [_, n] = dims(&logits);
         let mut dlogits = buffer(len(&logits));
@@ -294,6 +318,7 @@ impl FusedKernels for Flex {
     }
 
     fn routed_experts_kernel(inputs: &[X; 5], context: &ExpertsContext) -> (X, Arc<kernels::experts::Saved>) {
+        let _clock = profile::forward(Operator::Experts);
         let [x, gate, up, down, weights] = inputs.each_ref().map(ordered);
         let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down), context.precision);
         let mut y = buffer(len(&x));
@@ -303,6 +328,7 @@ impl FusedKernels for Flex {
     }
 
     fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, precision: Precision, dy: X) -> [X; 5] {
+        let _clock = profile::backward(Operator::Experts);
         let (inputs, dy) = (inputs.map(in_order), in_order(dy));
         let mut gradients = inputs.each_ref().map(|input| buffer(len(input)));
         let [x, gate, up, down, weights] = inputs.each_ref().map(slice);
@@ -316,12 +342,14 @@ impl FusedKernels for Flex {
     }
 
     fn head_cross_entropy_kernel(states: &X, w: &X, context: &LossContext) -> X {
+        let _clock = profile::forward(Operator::Head);
         let (states, w) = (ordered(states), ordered(w));
         let losses = kernels::cross_entropy::loss(slice(&states), slice(&w), &context.targets, context.precision);
         tensor(vec![context.finish(losses)], [1])
     }
 
     fn head_cross_entropy_with_gradient(states: &X, w: &X, context: &LossContext) -> (X, [X; 2]) {
+        let _clock = profile::forward(Operator::Head);
         let (states, w) = (ordered(states), ordered(w));
         let (mut dstates, mut dw) = (buffer(len(&states)), buffer(len(&w)));
         let (targets, precision) = (&context.targets, context.precision);
@@ -338,6 +366,7 @@ impl FusedKernels for Flex {
     }
 
     fn scaled_kernel(mut x: X, s: &X) -> X {
+        let _clock = profile::backward(Operator::Head);
         let factor = slice(&ordered(s))[0];
         // Exactly 1 for the main loss term: nothing to do, and nothing to round.
         if factor != 1.0 {
@@ -351,6 +380,7 @@ impl FusedKernels for Flex {
     }
 
     fn embedding_kernel(w: &X, ids: &[u32]) -> X {
+        let _clock = profile::forward(Operator::Embedding);
         let w = ordered(w);
         let [_, hidden] = dims(&w);
         let mut y = buffer(ids.len() * hidden);
@@ -359,6 +389,7 @@ impl FusedKernels for Flex {
     }
 
     fn embedding_gradient(w_shape: [usize; 2], ids: &[u32], dy: X) -> X {
+        let _clock = profile::backward(Operator::Embedding);
         let mut dw = buffer(w_shape[0] * w_shape[1]);
         dw.fill(0.0);
         let dy = in_order(dy);

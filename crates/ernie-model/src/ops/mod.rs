@@ -17,6 +17,7 @@ use ernie_kernels::{attention::Shape, rope::RopeTable};
 mod flex;
 mod fused;
 pub mod plain;
+pub mod profile;
 mod tape;
 
 use fused::Fused;

@@ -32,8 +32,9 @@ use serde::{Deserialize, Serialize};
 use crate::data;
 use crate::origin::{recipe_fingerprint, report_fingerprint};
 use crate::recipe::{self, Recipe};
+use crate::report::Report;
 use crate::snapshot;
-use crate::trainer::{self, Report, TrainError, TrainOptions};
+use crate::trainer::{self, TrainError, TrainOptions};
 pub use report::{ArmHeads, ArmReport, Comparison, RunReport, Spread, SweepReport};
 
 /// A sweep as its file has it.

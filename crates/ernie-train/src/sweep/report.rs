@@ -5,8 +5,9 @@ use serde::Serialize;
 
 use super::{Arm, Sweep};
 use crate::recipe;
+use crate::report::Report;
 use crate::telemetry::{Validation, validations};
-use crate::trainer::{Report, TrainError};
+use crate::trainer::TrainError;
 
 /// A mean over runs and how sure it is.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

@@ -5,8 +5,8 @@ use crate::data::priority::RatioHistogram;
 use crate::experts::ExpertUse;
 use crate::heads::HeadUse;
 use crate::origin::Origin;
+use crate::report::Report;
 use crate::telemetry::Validation;
-use crate::trainer::Report;
 
 pub(super) fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
     let point = |(index, &loss): (usize, &f64)| {
@@ -32,6 +32,7 @@ pub(super) fn run(arm: usize, seed: u64, losses: &[f64]) -> RunReport {
         sampling: None,
         model_dir: PathBuf::new(),
         peak_rss_bytes: None,
+        profile: None,
         origin: None,
     };
     RunReport { arm, seed, report, loss: last.mean(), curve }

@@ -44,7 +44,7 @@ pub fn validations(dir: &Path) -> Result<Vec<Validation>, TelemetryError> {
             Record::Validation { step, found: Validated { losses, experts, .. }, .. } => {
                 found.push(Validation { step, tokens, seconds, losses, overlap: experts.map(|experts| experts.overlap) });
             }
-            Record::Assignment { .. } => {}
+            Record::Assignment { .. } | Record::Profile { .. } => {}
         }
     }
     Ok(found)

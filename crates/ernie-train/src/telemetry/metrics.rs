@@ -1,12 +1,12 @@
 //! `metrics.jsonl`: one JSON object per line, appended as the run goes; the record that the other views are drawn from.
 //!
-//! Three kinds of line, all with the step and the wall-clock time in seconds since 1970:
+//! Four kinds of line, all with the step and the wall-clock time in seconds since 1970:
 //! `{"kind":"train","step":7,"time":…,"tokens":…,"loss":…,"lr":…,"grad_norm":…,"tok_s":…,…}` and
 //! `{"kind":"validation","step":7,"time":…,"losses":{"SOURCE":…}}`, of a model with experts also `"experts"`: where the tokens of each domain went, of one with
 //! gated heads also `"heads"`: `[{"layer":0,"share":…,"correlation":…}]`, how many were active, and how far more of them where tokens bring more,
 //! and under a curriculum `"expert_losses"`: `[{"layer":1,"losses":[[…]]}]`, means of the training's tokens by domain and expert. Before the first step of a new
 //! assignment of experts `{"kind":"assignment","step":7,"time":…,"layers":[{"layer":1,"changed":2,"experts":[["DOMAIN"],…]}]}`: how many changed hands, and the
-//! domains of each.
+//! domains of each. At the end of a process that was asked for it `{"kind":"profile","step":7,"time":…,"profile":{…}}`: where its time went.
 //! Losses are nats per token. A number that is not finite is
 //! written as `null`, which is what JSON has for it.
 
@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::TelemetryError;
 use crate::curriculum::Assigned;
+use crate::profile::Profile;
 use crate::validation::Validated;
 
 /// What one optimizer update reports.
@@ -46,6 +47,7 @@ pub(super) enum Record {
     Train { time: f64, metrics: StepMetrics },
     Validation { time: f64, step: u64, found: Validated },
     Assignment { time: f64, step: u64, layers: Vec<Assigned> },
+    Profile { time: f64, step: u64, profile: Profile },
 }
 
 /// Keys of a train line that are not `extra`.
@@ -55,7 +57,7 @@ impl Record {
     pub(super) fn step(&self) -> u64 {
         match self {
             Self::Train { metrics, .. } => metrics.step,
-            Self::Validation { step, .. } | Self::Assignment { step, .. } => *step,
+            Self::Validation { step, .. } | Self::Assignment { step, .. } | Self::Profile { step, .. } => *step,
         }
     }
 
@@ -93,6 +95,7 @@ impl Record {
                 line
             }
             Self::Assignment { time, step, layers } => json!({"kind": "assignment", "step": step, "time": time, "layers": layers}),
+            Self::Profile { time, step, profile } => json!({"kind": "profile", "step": step, "time": time, "profile": profile}),
         }
     }
 
@@ -137,7 +140,8 @@ impl Record {
                 Ok(Self::Validation { time, step, found })
             }
             Some("assignment") => Ok(Self::Assignment { time, step, layers: part(&line, "layers")?.ok_or("`layers` is missing")? }),
-            _ => Err("`kind` is none of \"train\", \"validation\" and \"assignment\"".to_string()),
+            Some("profile") => Ok(Self::Profile { time, step, profile: part(&line, "profile")?.ok_or("`profile` is missing")? }),
+            _ => Err("`kind` is none of \"train\", \"validation\", \"assignment\" and \"profile\"".to_string()),
         }
     }
 }
@@ -224,6 +228,7 @@ mod tests {
     use crate::curriculum::LayerLosses;
     use crate::experts::ExpertUse;
     use crate::heads::HeadUse;
+    use crate::profile::OperatorSeconds;
 
     fn train(step: u64) -> Record {
         let metrics = StepMetrics {
@@ -256,6 +261,11 @@ mod tests {
         Record::Assignment { time: 1.75e9, step, layers }
     }
 
+    fn profile(step: u64) -> Record {
+        let operators = vec![OperatorSeconds { operator: "head".into(), forward: 0.25, backward: 0.125 }];
+        Record::Profile { time: 1.75e9, step, profile: Profile { steps: step, step_seconds: 1.5, operators, ..Profile::default() } }
+    }
+
     fn written(path: &Path, records: &[Record]) {
         let (mut file, _) = MetricsFile::open(path, 0).unwrap();
         for record in records {
@@ -268,12 +278,12 @@ mod tests {
     fn every_line_reads_back_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let records = [train(1), train(2), validation(2), assignment(3), train(3), validation(3)];
+        let records = [train(1), train(2), validation(2), assignment(3), train(3), validation(3), profile(3)];
         written(&path, &records);
         let (_, back) = MetricsFile::open(&path, 3).unwrap();
         assert_eq!(back, records);
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().count(), 6);
+        assert_eq!(text.lines().count(), 7);
         let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         assert_eq!(first["loss"], 1.0);
         assert_eq!(first["balance_loss"], 1.01);
@@ -323,6 +333,7 @@ mod tests {
             ("not json", "expected"),
             ("{\"kind\":\"train\",\"step\":-1,\"time\":0}", "step"),
             ("{\"kind\":\"assignment\",\"step\":1,\"time\":0}", "layers"),
+            ("{\"kind\":\"profile\",\"step\":1,\"time\":0}", "profile"),
             ("{\"kind\":\"other\",\"step\":1,\"time\":0}", "kind"),
         ] {
             std::fs::write(&path, format!("{bad}\n{}\n", validation(2).to_json())).unwrap();

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::curriculum::Assigned;
 use crate::experts::ExpertUse;
 use crate::heads::HeadUse;
+use crate::profile::Profile;
 use crate::validation::Validated;
 use curve::Curve;
 pub use history::{Validation, validations};
@@ -153,6 +154,14 @@ impl Telemetry {
         self.record(&Record::Assignment { time: now(), step, layers })
     }
 
+    /// Records where the time of this process went until update `step`.
+    ///
+    /// # Errors
+    /// [`TelemetryError`] when a file cannot be written.
+    pub fn profile(&mut self, step: u64, profile: Profile) -> Result<(), TelemetryError> {
+        self.record(&Record::Profile { time: now(), step, profile })
+    }
+
     /// Shows a line to the user without disturbing the progress bar.
     pub fn message(&self, text: &str) {
         self.progress.message(text);
@@ -207,6 +216,7 @@ impl Telemetry {
                 let changed = layers.iter().map(|layer| layer.changed).sum::<usize>();
                 self.events.scalars(*time, *step, [("experts/changed", changed as f64)])
             }
+            Record::Profile { .. } => Ok(()),
         }
     }
 

@@ -2,5 +2,6 @@
 mod curriculum;
 mod experiments;
 mod learning;
+mod profile;
 mod resume;
 mod run;
