@@ -5,6 +5,7 @@
 //! the previous checkpoint whole and at most a dotted directory, which the next run removes.
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -13,9 +14,9 @@ use crate::{
     data::packing::DataState,
     optimizer::{AdamW, Moments},
 };
-use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions};
+use ernie_checkpoint::{AtomicFile, Checkpoint, Config, SaveDtype, SaveOptions};
 use ernie_model::Ernie;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 /// A training checkpoint could not be written or read.
@@ -225,17 +226,25 @@ fn entries(root: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
     read.map(|entry| entry.map(|entry| entry.path()).map_err(|source| io(root, source))).collect()
 }
 
+/// Tensor by tensor: a copy of all moments beside what a step leaves would be the peak of a run.
 fn write_moments(path: &Path, optimizer: &AdamW) -> Result<(), SnapshotError> {
-    let named = optimizer
-        .moments
-        .iter()
-        .flat_map(|(name, moments)| [(format!("first.{name}"), &moments.first), (format!("second.{name}"), &moments.second)]);
-    let views = named.map(|(name, values)| {
-        let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values)).expect("bytes of as many floats");
-        (name, view)
-    });
-    let bytes = safetensors::serialize(views, None).map_err(|error| corrupt(path, error))?;
-    Ok(ernie_checkpoint::atomic_write(path, &bytes)?)
+    let first = optimizer.moments.iter().map(|(name, moments)| (format!("first.{name}"), &moments.first));
+    let second = optimizer.moments.iter().map(|(name, moments)| (format!("second.{name}"), &moments.second));
+    let named: Vec<(String, &Vec<f32>)> = first.chain(second).collect();
+    let (mut header, mut begin) = (serde_json::Map::new(), 0);
+    for (name, values) in &named {
+        let end = begin + size_of_val(values.as_slice());
+        header.insert(name.clone(), serde_json::json!({"dtype": "F32", "shape": [values.len()], "data_offsets": [begin, end]}));
+        begin = end;
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = AtomicFile::create(path)?;
+    let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(|source| io(path, source));
+    write(&(header.len() as u64).to_le_bytes())?;
+    write(&header)?;
+    named.iter().try_for_each(|(_, values)| write(bytemuck::cast_slice(values)))?;
+    Ok(file.commit()?)
 }
 
 fn read_moments(path: &Path) -> Result<std::collections::BTreeMap<String, Moments>, SnapshotError> {
@@ -266,4 +275,27 @@ fn io(path: &Path, source: std::io::Error) -> SnapshotError {
 
 fn corrupt(path: &Path, problem: impl ToString) -> SnapshotError {
     SnapshotError::Corrupt { path: path.to_path_buf(), problem: problem.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimizer::AdamWConfig;
+
+    #[test]
+    fn moments_read_back_as_they_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(MOMENTS);
+        let mut optimizer = AdamW::new(AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 });
+        for (name, len) in [("a.weight", 3), ("b", 70_000), ("层", 1)] {
+            let values = |factor: f32| (0..len).map(|i| factor * i as f32 - f32::MIN_POSITIVE).collect();
+            optimizer.moments.insert(name.to_owned(), Moments { first: values(0.1), second: values(3.0) });
+        }
+        write_moments(&path, &optimizer).unwrap();
+        assert_eq!(read_moments(&path).unwrap(), optimizer.moments);
+        // The header ends where the elements are aligned, and nothing follows the last of them.
+        let bytes = fs::read(&path).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        assert_eq!((header % 8, bytes.len()), (0, 8 + header + 2 * 4 * (3 + 70_000 + 1)));
+    }
 }
