@@ -19,7 +19,11 @@ const LEAST_CHUNK: f64 = 64.0;
 const BASE: f64 = 25.0 * MIB;
 
 /// What the trainer adds: data, tokenizer, telemetry. Measured on small runs.
-const TRAINER: f64 = 25.0 * MIB;
+const TRAINER: f64 = 8.0 * MIB;
+
+/// Buffers that a thread keeps (`ernie-kernels/src/scratch.rs`). Experts are computed a block of rows on each thread, and as blocks come in all sizes, every thread
+/// has as many as it may keep.
+const SCRATCH: f64 = 32.0;
 
 /// What pools and allocator keep beyond what lives, as shares of the gradients and of the activations: buffers are reused for anything up to an eighth
 /// smaller, freed pages go back late, and the gradient of one layer's input exists beside the buffers of another. Fitted to measured peaks of
@@ -37,8 +41,8 @@ pub struct Account {
     pub parameters: u64,
     /// What the forward pass keeps for the backward pass.
     pub activations: u64,
-    /// The head's logits and packed operands, and the temporaries of one layer's backward pass; and beside them the copy of the weights that a
-    /// checkpoint is written from, or a layer's values in validation, whichever is more.
+    /// The head's logits and packed operands, the temporaries of one layer's backward pass, and the threads' buffers for experts. Also the copy of the weights that a
+    /// checkpoint is written from, or a layer's values in validation, whichever is more, as far as what the allocator has kept does not hold it.
     pub temporaries: u64,
     /// Kept by pools and allocator.
     pub kept: u64,
@@ -51,7 +55,9 @@ impl Account {
     pub fn of(recipe: &Recipe, config: &Config) -> Self {
         let tokens = recipe.data.sequence_length as f64 * recipe.data.batch_size as f64;
         let mtp = config.num_nextn_predict_layers > 0 && recipe.loss.mtp_weight != 0.0;
-        let step = Step { config, tokens, precision: recipe.run.precision, recompute: recipe.run.recompute, mtp };
+        // Asked for only where the recipe does not say: the answer makes the pool of threads.
+        let threads = recipe.run.threads.unwrap_or_else(rayon::current_num_threads) as f64;
+        let step = Step { config, tokens, precision: recipe.run.precision, recompute: recipe.run.recompute, mtp, threads };
         step.account(true)
     }
 
@@ -69,6 +75,7 @@ struct Step<'a> {
     precision: Precision,
     recompute: bool,
     mtp: bool,
+    threads: f64,
 }
 
 /// Bytes of one decoder layer for one token.
@@ -81,6 +88,8 @@ struct Layer {
     backward: f64,
     /// Packed operands of its largest product, not per token.
     packed: f64,
+    /// What each thread keeps of blocks of experts' rows and their packed operands, not per token.
+    of_thread: f64,
 }
 
 impl Step<'_> {
@@ -100,14 +109,17 @@ impl Step<'_> {
         let on_tape = if self.recompute { self.tokens * (most(|layer| layer.kept) + prediction) } else { activations };
         // The first forward pass of recomputation is off the tape: what it makes does not come back to the pools, but to the allocator.
         let off_tape = if self.recompute { self.tokens * most(|layer| layer.kept) } else { 0.0 };
-        let step = self.head() + self.tokens * most(|layer| layer.backward) + most(|layer| layer.packed);
-        // Beside the buffers that a step leaves: a copy of the weights for a checkpoint, or what one layer makes of a batch in validation.
-        let beside = if in_trainer { parameters.max(self.tokens * most(|layer| layer.kept)) } else { 0.0 };
+        let of_threads = self.threads * most(|layer| layer.of_thread);
+        let step = self.head() + self.tokens * most(|layer| layer.backward) + most(|layer| layer.packed) + of_threads;
+        let kept = KEPT_OF_GRADIENTS * parameters + KEPT_OF_ACTIVATIONS * on_tape + off_tape;
+        // Beside the buffers that a step leaves: a copy of the weights for a checkpoint, or what one layer makes of a batch in validation. By then about half
+        // of what the allocator has kept is free.
+        let beside = if in_trainer { (parameters.max(self.tokens * most(|layer| layer.kept)) - kept / 2.0).max(0.0) } else { 0.0 };
         Account {
             parameters: (4.0 * parameters) as u64,
             activations: activations as u64,
             temporaries: (step + beside) as u64,
-            kept: (KEPT_OF_GRADIENTS * parameters + KEPT_OF_ACTIVATIONS * on_tape + off_tape) as u64,
+            kept: kept as u64,
             base: (BASE + if in_trainer { TRAINER } else { 0.0 }) as u64,
         }
     }
@@ -147,7 +159,7 @@ impl Step<'_> {
         }
         // Gradients of the residual stream, of attention's output, of queries with keys and values.
         let backward = 3.0 * h + q + qkv;
-        let (kept, rows, widest) = match &config.moe {
+        let (kept, rows, widest, of_thread) = match &config.moe {
             Some(experts) if moe => {
                 let (e, k, i) = (experts.num_experts as f64, experts.top_k as f64, experts.intermediate_size as f64);
                 let shared = i * experts.num_shared_experts as f64;
@@ -155,17 +167,20 @@ impl Step<'_> {
                 // experts; gate and up of the shared ones.
                 let kept = h + 6.0 * e + 4.0 * k + 2.0 * k * i + 2.0 * shared;
                 // By place: x, dy and dx; activation, dgate and dup. By token: the gradient of the shared gate and up.
-                (kept, k * (3.0 * h + 3.0 * i) + 2.0 * shared, i.max(shared))
+                // Half of a thread's buffers are rows, the others packed; either h or i wide.
+                let block = CHUNK.min(self.tokens * k / e);
+                let of_thread = SCRATCH * block * (h + i) / 2.0 * (F32 + self.operand()) / 2.0;
+                (kept, k * (3.0 * h + 3.0 * i) + 2.0 * shared, i.max(shared), of_thread)
             }
             _ => {
                 let i = config.intermediate_size as f64;
                 // The gradient of gate and up takes their place.
-                (2.0 * i, 0.0, i)
+                (2.0 * i, 0.0, i, 0.0)
             }
         };
         // Gate's and up's weights, and a chunk of the gradient of gate and up, each packed for the two products they are in.
         let packed = 2.0 * (2.0 * widest * h + CHUNK.min(self.tokens) * 2.0 * widest) * self.operand();
-        Layer { input: h * F32, kept: (attention + kept) * F32, backward: (backward + rows) * F32, packed }
+        Layer { input: h * F32, kept: (attention + kept) * F32, backward: (backward + rows) * F32, packed, of_thread }
     }
 }
 
@@ -219,7 +234,7 @@ mod tests {
         for (name, config, tokens, peaks) in measured {
             let ways = [Precision::F32, Precision::Int8Mixed].into_iter().flat_map(|precision| [(precision, false), (precision, true)]);
             for ((precision, recompute), peak) in ways.zip(peaks) {
-                let account = Step { config: &config, tokens, precision, recompute, mtp: false }.account(false);
+                let account = Step { config: &config, tokens, precision, recompute, mtp: false, threads: 2.0 }.account(false);
                 let predicted = account.total() as f64 / MIB;
                 println!(
                     "{name} {precision:?} recompute {recompute}: {predicted:.0} of {peak} MiB, {:+.1}%",

@@ -188,8 +188,8 @@ fn the_peak_of_memory_is_the_predicted_one() {
             worst = worst.max(error.abs());
         }
     }
-    // Within 13% on a Zen 4 host; on an Intel Xeon experts that are computed again take 19 to 20% more than predicted, the others up to 15%: how far a page fault reaches differs between systems.
-    assert!(worst <= 0.25, "a prediction is off by {worst}");
+    // The allocator gives memory back a second after it is freed, so the peak is lower where steps take longer: by up to a tenth on a busy machine.
+    assert!(worst <= 0.15, "a prediction is off by {worst}");
 }
 
 #[test]
