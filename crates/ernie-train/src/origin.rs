@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::curriculum::difficulty::weights_hash;
 use crate::recipe::{self, Recipe, Source};
-use crate::snapshot;
-use crate::trainer::{TrainError, checkpoints};
+use crate::snapshot::Position;
+use crate::trainer::TrainError;
 
 /// What the figures of a report came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,15 +98,14 @@ pub(crate) fn reference_hash(recipe: &Recipe) -> Result<Option<String>, TrainErr
     Ok(Some(weights_hash(model)?.to_hex()[..32].to_string()))
 }
 
-/// Refuses to go on with what is in the recipe's folder when that was begun with another recipe or another reference than those of these hashes.
-pub(crate) fn refuse_another(recipe: &Recipe, fingerprint: &str, reference_hash: Option<&str>) -> Result<(), TrainError> {
-    let Some(saved) = snapshot::latest_position(&checkpoints(recipe))? else { return Ok(()) };
+/// Refuses to go on from a position in the recipe's folder that was come to with another recipe or another reference than those of these hashes.
+pub(crate) fn refuse_another(recipe: &Recipe, saved: &Position, fingerprint: &str, reference_hash: Option<&str>) -> Result<(), TrainError> {
     if saved.recipe != fingerprint {
-        return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.recipe, given: fingerprint.to_owned() });
+        return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.recipe.clone(), given: fingerprint.to_owned() });
     }
-    match (reference(recipe), saved.reference, reference_hash) {
+    match (reference(recipe), &saved.reference, reference_hash) {
         (Some(model), Some(saved), Some(given)) if saved != given => {
-            Err(TrainError::OtherReference { model: model.to_path_buf(), saved, given: given.to_owned() })
+            Err(TrainError::OtherReference { model: model.to_path_buf(), saved: saved.clone(), given: given.to_owned() })
         }
         _ => Ok(()),
     }

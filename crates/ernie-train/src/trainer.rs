@@ -23,7 +23,7 @@ use crate::{
     recipe::{self, Recipe},
     routing,
     schedule::{Schedule, ScheduleError},
-    snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
+    snapshot::{self, Newest, Position, Snapshot, SnapshotError, Unlogged},
     telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
     validation::{Validated, reached, validate},
 };
@@ -267,7 +267,11 @@ impl<'a> Trainer<'a> {
             }
         };
         let (fingerprint, reference) = (recipe_fingerprint(recipe), reference_hash(recipe)?);
-        refuse_another(recipe, &fingerprint, reference.as_deref())?;
+        let newest = snapshot::newest(&checkpoints(recipe))?;
+        if let Some(newest) = &newest {
+            refuse_another(recipe, &newest.position, &fingerprint, reference.as_deref())?;
+        }
+        snapshot::remove_partial(&checkpoints(recipe))?;
         let prepared = data::prepare(recipe, &root, &mut say)?;
         let staged = recipe.curriculum.as_ref();
         let difficulty = match staged.filter(|staged| staged.uses_difficulty()).and_then(|staged| staged.reference.as_ref()) {
@@ -291,7 +295,7 @@ impl<'a> Trainer<'a> {
         let mut optimizer = AdamW::new(adamw);
         let device = ernie_model::training_device();
         let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), reached.as_deref(), state);
-        let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
+        let (mut model, stream, position) = match newest.map(Newest::read).transpose()? {
             Some(Snapshot { model, position, moments, .. }) => {
                 let stream = open(Some(position.data.clone()))?;
                 optimizer.step = position.step;

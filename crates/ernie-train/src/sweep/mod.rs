@@ -276,7 +276,7 @@ fn finished(recipe: &Recipe) -> Result<Option<Report>, TrainError> {
     let (saved, given) = match &report.origin {
         Some(origin) => (Some(origin.recipe.clone()), report_fingerprint(recipe)),
         // Of a program that did not say: what its last checkpoint was trained by.
-        None => (snapshot::latest_position(&trainer::checkpoints(recipe))?.map(|position| position.recipe), recipe_fingerprint(recipe)),
+        None => (snapshot::newest(&trainer::checkpoints(recipe))?.map(|newest| newest.position.recipe), recipe_fingerprint(recipe)),
     };
     if saved.as_ref() == Some(&given) {
         return Ok(Some(report));
