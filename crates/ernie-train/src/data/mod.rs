@@ -310,12 +310,11 @@ pub struct SourceReport {
     pub epochs: f64,
 }
 
-/// What the recipe's data come to: one row per source, in the recipe's order. Prepares the corpus (cached).
-pub fn describe(recipe: &Recipe, root: &Path) -> Result<Vec<SourceReport>, Error> {
-    let prepared = prepare(recipe, root, &mut |_| {})?;
+/// What the recipe's data come to, from its corpus: one row per source, in the recipe's order.
+pub fn describe(recipe: &Recipe, corpus: &Corpus) -> Vec<SourceReport> {
     let total: f64 = recipe.data.source.iter().map(|source| source.weight).sum();
     let run_tokens = (recipe.total_steps() * recipe.tokens_per_step()) as f64;
-    let rows = recipe.data.source.iter().zip(&prepared.corpus.sources).map(|(source, tokens)| {
+    let rows = recipe.data.source.iter().zip(&corpus.sources).map(|(source, tokens)| {
         let share = source.weight / total;
         SourceReport {
             name: source.name.clone(),
@@ -328,7 +327,7 @@ pub fn describe(recipe: &Recipe, root: &Path) -> Result<Vec<SourceReport>, Error
             epochs: run_tokens * share / tokens.shard.train_tokens().max(1) as f64,
         }
     });
-    Ok(rows.collect())
+    rows.collect()
 }
 
 /// The report as an aligned text table.
