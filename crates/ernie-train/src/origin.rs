@@ -4,6 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ernie_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
+use time::{Date, OffsetDateTime};
 
 use crate::curriculum::difficulty::weights_hash;
 use crate::recipe::{self, Recipe, Source};
@@ -45,17 +46,10 @@ fn processor(cpuinfo: &str) -> Option<String> {
     Some(name.trim_start_matches([' ', '\t', ':']).trim_end().to_owned())
 }
 
-/// The day of a time in seconds since 1970 (Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms").
+/// The day of a time in seconds since 1970.
 fn date(seconds: u64) -> String {
-    let shifted = seconds / 86_400 + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    // From March on, so that the leap day is the last.
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    format!("{:04}-{month:02}-{day:02}", era * 400 + year_of_era + u64::from(month <= 2))
+    let time = i64::try_from(seconds).ok().and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok());
+    time.map_or(Date::MAX, OffsetDateTime::date).to_string()
 }
 
 /// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
