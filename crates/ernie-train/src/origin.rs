@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use time::{Date, OffsetDateTime};
 
 use crate::curriculum::difficulty::weights_hash;
+use crate::error::TrainError;
 use crate::recipe::{self, Recipe, Source};
 use crate::snapshot::Position;
-use crate::trainer::TrainError;
 
 /// What the figures of a report came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,10 +9,11 @@ use ernie_model::steering::NO_DOMAIN;
 use crate::curriculum::LayerLosses;
 use crate::data::encoding::Encoder;
 use crate::data::{Corpus, Prepared};
+use crate::error::TrainError;
 use crate::experts::ExpertUse;
 use crate::heads::{HeadSums, HeadUse};
 use crate::recipe::{self, Precision, Recipe};
-use crate::trainer::{TrainError, packed};
+use crate::trainer::packed;
 
 /// A model on the validation documents, which tell it nothing of their domains.
 #[derive(Debug, Clone, Default, PartialEq)]

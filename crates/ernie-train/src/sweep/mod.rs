@@ -30,10 +30,11 @@ use ernie_checkpoint::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use crate::data;
+use crate::error::TrainError;
 use crate::origin::{recipe_fingerprint, report_fingerprint};
 use crate::recipe::{self, Recipe};
 use crate::snapshot;
-use crate::trainer::{self, Report, TrainError, TrainOptions};
+use crate::trainer::{self, Report, TrainOptions};
 pub use report::{ArmHeads, ArmReport, Comparison, RunReport, Spread, SweepReport};
 
 /// A sweep as its file has it.

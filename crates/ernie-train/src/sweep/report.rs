@@ -4,9 +4,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{Arm, Sweep};
+use crate::error::TrainError;
 use crate::recipe;
 use crate::telemetry::{Validation, validations};
-use crate::trainer::{Report, TrainError};
+use crate::trainer::Report;
 
 /// A mean over runs and how sure it is.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
