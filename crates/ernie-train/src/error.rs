@@ -47,6 +47,22 @@ pub enum TrainError {
         /// Hash of the recipe that came.
         given: String,
     },
+    /// The folder holds a finished run of the same recipe on other text.
+    #[error(
+        "{} holds a run of this recipe on other text: the hash of the files of source `{source_name}` was {saved} and is {given}; put those \
+         files back, give `run.out` (of a sweep: `out`) another folder, or delete that one to start again",
+        out.display()
+    )]
+    OtherText {
+        /// `run.out`.
+        out: PathBuf,
+        /// The first source whose files have changed.
+        source_name: String,
+        /// Hash of its files as the run found them.
+        saved: String,
+        /// Hash of its files as they are.
+        given: String,
+    },
     /// The reference model that the run was begun with has been replaced.
     #[error(
         "the run was begun with another model in {}: the hash of its weights was {saved} and is {given}; put that model back, or give \

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use time::{Date, OffsetDateTime};
 
 use crate::curriculum::difficulty::weights_hash;
+use crate::data::Prepared;
 use crate::error::TrainError;
 use crate::recipe::{self, Recipe, Source};
 use crate::snapshot::Position;
@@ -16,6 +17,9 @@ use crate::snapshot::Position;
 pub struct Origin {
     /// Hash of everything in the recipe that decides the figures: the weights, the text, how losses are measured.
     pub recipe: String,
+    /// Name of each source and hash of its files, their names and contents, as the run found them; reports of earlier programs do not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub text: Vec<(String, String)>,
     /// The program and its version.
     pub program: String,
     /// Threads that computed.
@@ -27,11 +31,12 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Of a run of this recipe that ends now, in this process.
-    pub(crate) fn of(recipe: &Recipe) -> Self {
+    /// Of a run of this recipe on this data that ends now, in this process.
+    pub(crate) fn of(recipe: &Recipe, prepared: &Prepared) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
             recipe: report_fingerprint(recipe),
+            text: recipe.data.source.iter().zip(&prepared.files).map(|(source, files)| (source.name.clone(), text_hash(files))).collect(),
             program: concat!("ernie-rs ", env!("CARGO_PKG_VERSION")).to_owned(),
             threads: rayon::current_num_threads(),
             processor: std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| processor(&text)),
@@ -52,6 +57,11 @@ fn date(seconds: u64) -> String {
     time.map_or(Date::MAX, OffsetDateTime::date).to_string()
 }
 
+/// The hash of a source's files as reports have it.
+pub(crate) fn text_hash(files: &blake3::Hash) -> String {
+    files.to_hex()[..32].to_string()
+}
+
 /// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
 pub(crate) fn recipe_fingerprint(recipe: &Recipe) -> String {
     let decisive = (&recipe.model, &recipe.optimizer, &recipe.schedule, &recipe.loss, recipe.run.seed, recipe.total_steps());
@@ -70,7 +80,8 @@ pub(crate) fn recipe_fingerprint(recipe: &Recipe) -> String {
     hash(&json.expect("a recipe is plain data"))
 }
 
-/// The same with what decides the text and the validations. A run under way has its text's own hash in its state; of a finished one only the recipe is at hand.
+/// The same with what decides the text and the validations, but for the files themselves: the state of a run under way has the hash of its text, the [`Origin`] of
+/// a finished one those of its sources' files.
 pub(crate) fn report_fingerprint(recipe: &Recipe) -> String {
     let sources: Vec<Source> = recipe.data.source.iter().map(|source| Source { licence: String::new(), ..source.clone() }).collect();
     let measured = (recipe.data.validation_fraction, recipe.run.validate_every, recipe.run.validate_tokens);

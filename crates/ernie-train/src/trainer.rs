@@ -435,7 +435,7 @@ impl<'a> Trainer<'a> {
             sampling: self.stream.spread(),
             model_dir,
             peak_rss_bytes: memory::peak_rss_bytes(),
-            origin: finished.then(|| Origin::of(self.recipe)),
+            origin: finished.then(|| Origin::of(self.recipe, &self.prepared)),
         }
     }
 }

@@ -133,7 +133,7 @@ pub struct Documents {
 /// The files of a source and a hash of their names and contents.
 pub(crate) struct HashedFiles {
     files: Vec<SourceFile>,
-    hash: blake3::Hash,
+    pub hash: blake3::Hash,
 }
 
 pub(crate) fn hash_files(source: &Source, root: &Path) -> Result<HashedFiles, Error> {
@@ -215,6 +215,8 @@ pub struct Prepared {
     pub tokenizer_dir: PathBuf,
     /// The tokens.
     pub corpus: Arc<Corpus>,
+    /// Hash of each source's files, their names and contents, in the recipe's order.
+    pub files: Vec<blake3::Hash>,
 }
 
 /// Trains or finds the tokenizer, then makes or finds every source's shard. Both are cached under
@@ -268,7 +270,8 @@ pub fn prepare(recipe: &Recipe, root: &Path, progress: &mut dyn FnMut(&str)) -> 
         sources.push(TokenSource { name, weight: source.weight, epochs_max: source.epochs_max, domain, shard });
     }
     let fingerprint = fingerprint.finalize().to_hex()[..32].to_owned();
-    Ok(Prepared { tokenizer_dir, corpus: Arc::new(Corpus { sources, domains, fingerprint }) })
+    let files = hashed.iter().map(|found| found.hash).collect();
+    Ok(Prepared { tokenizer_dir, corpus: Arc::new(Corpus { sources, domains, fingerprint }), files })
 }
 
 fn shard_key(source: &Source, found: &HashedFiles, encoder: &Encoder, validation_fraction: f64) -> blake3::Hash {
