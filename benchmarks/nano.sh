@@ -18,15 +18,16 @@ for _ in 1 2 3 4 5 6 7; do
 done
 date=$(date +%F) commit=$(git rev-parse --short HEAD)
 python3 - "$work" "$date" "$commit" <<'REPORT'
-import json, os, platform, statistics, sys
+import json, os, statistics, sys
+sys.path.insert(1, "benchmarks")
+import processor
 work, date, commit = sys.argv[1:]
 lines = [json.loads(line) for line in open(f"{work}/run/metrics.jsonl")]
 # The first ten steps warm the allocator and the caches.
 rates = [line["tok_s"] for line in lines if line["kind"] == "train" and line["step"] > 10]
 first = [int(line) / 1e3 for line in open(f"{work}/first_token_us")][1:]
 decode = [json.loads(line)["timings"]["decode_tokens_per_second"] for line in open(f"{work}/generate.jsonl")][1:]
-cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-print(f"date {date}, commit {commit}, {os.cpu_count()} x {cpu}")
+print(f"date {date}, commit {commit}, {os.cpu_count()} x {processor.name()}")
 row = lambda name, values, unit: print(f"{name:<44}{min(values):>10.1f}{statistics.median(values):>10.1f}{max(values):>10.1f}  {unit}")
 print(f"{'':<44}{'min':>10}{'median':>10}{'max':>10}")
 row("training, recipes/nano.toml", rates, "tok/s")

@@ -24,6 +24,9 @@ import sides
 from models import MODELS
 
 ROOT = sides.ROOT
+sys.path.insert(1, str(ROOT / "benchmarks"))
+import processor
+
 
 
 def arguments():
@@ -123,7 +126,7 @@ def machine():
     flags = facts.get("flags", "").split()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     git = lambda *what: subprocess.run(["git", *what], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    return {"date": datetime.date.today().isoformat(), "cpu": facts.get("model name", platform.machine()),
+    return {"date": datetime.date.today().isoformat(), "cpu": processor.name(),
             "family": [facts.get("cpu family"), facts.get("model")], "instructions": [flag for flag in wanted if flag in flags],
             "cpus": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "kernel": platform.release(),
             "commit": git("rev-parse", "--short", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}

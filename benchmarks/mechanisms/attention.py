@@ -13,13 +13,16 @@ import html
 import json
 import math
 import os
-import platform
 import statistics
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+import processor
 
 TOKENS = 48
 BASE = {
@@ -100,14 +103,6 @@ def spread(values):
     return {"median": median, "quartiles": [low, high]}
 
 
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def svg(result):
     """Bars of the medians with lines from quartile to quartile, a panel for each figure."""
     models = result["models"]
@@ -177,7 +172,7 @@ def main():
             found.append({"prefill": far["prefill"]["tokens_per_s"], "memory": memory, "token": ms(far), "attention": ms(far) - ms(short)})
             print(f"round {number + 1}, {name}: {found[-1]}", flush=True)
     result = {
-        "date": datetime.date.today().isoformat(), "version": version, "processor": processor(), "logical_cpus": os.cpu_count(),
+        "date": datetime.date.today().isoformat(), "version": version, "processor": processor.name(), "logical_cpus": os.cpu_count(),
         "rounds": arguments.rounds, "prompt": arguments.prompt, "context": arguments.context,
         "models": {
             name: {"compared_with": MODELS[name][0], "num_key_value_heads": (BASE | MODELS[name][1])["num_key_value_heads"], "ernie_rs": MODELS[name][2]}

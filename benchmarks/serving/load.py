@@ -10,11 +10,13 @@ server's saturated rate or, with --per-second, at these rates. Servers take turn
 import argparse
 import asyncio
 import json
-import platform
 import sys
 from pathlib import Path
 
 import traffic
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+import processor
 
 
 def arguments():
@@ -58,7 +60,7 @@ async def main():
     fields = lambda name: {"stream_options": {"include_usage": True}} | extra.get(name, {})
     print(f"{'server':<14} {'rate /s':>10} {'done /s':>9} {'tokens/s':>9} {'first p50':>9} {'p99 ms':>9} {'gap p50':>7} {'p99 ms':>7} {'answered':>11} {'429':>4}")
     made = traffic.requests(1.0, 10.0 * options.saturating, options.seed, **sizes)[:options.saturating]
-    result = {"host": platform.processor() or platform.machine(), "saturated": {}, "poisson": []}
+    result = {"host": processor.name(), "saturated": {}, "poisson": []}
     for name, url in servers.items():
         # A few first, for what a server does only once.
         await traffic.saturate(url, traffic.requests(1.0, 3.0, options.seed + 1000, **sizes), fields(name), 1, keys.get(name))

@@ -29,6 +29,9 @@ from prepare import prepare
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.insert(1, str(HERE.parent))
+import processor
+
 PRECISIONS = ("f32", "int8-mixed")
 RECOMPUTED = {f"{precision} recomputed": precision for precision in PRECISIONS}
 PEERS = ("eager", "compile", "transformers")
@@ -194,10 +197,8 @@ def disagreements(name, report):
 
 
 def machine():
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     git = lambda *what: subprocess.run(["git", *what], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    return {"date": datetime.date.today().isoformat(), "cpu": cpu, "cpus": os.cpu_count(), "kernel": platform.release(),
+    return {"date": datetime.date.today().isoformat(), "cpu": processor.name(), "cpus": os.cpu_count(), "kernel": platform.release(),
             "commit": git("rev-parse", "--short", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 

@@ -175,7 +175,7 @@ fn by_source(arguments: &PerplexityArguments, file: &Path) -> anyhow::Result<()>
     if !alike(&arguments.model.tokenizer()?, &Tokenizer::from_dir(&prepared.tokenizer_dir)?) {
         anyhow::bail!("{name} has another tokenizer than {} trains or names; give the model's directory as tokenizer.path", file.display());
     }
-    let losses = ernie_train::evaluate(&recipe, &checkpoint, arguments.data.as_deref())?;
+    let losses = ernie_train::evaluate(&recipe, &checkpoint, &prepared.corpus)?;
     if losses.is_empty() {
         anyhow::bail!("no source of {} has validation documents; give a larger data.validation_fraction", file.display());
     }

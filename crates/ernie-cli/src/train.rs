@@ -233,7 +233,7 @@ fn dry_run(arguments: &TrainArguments, recipe: &Recipe) -> anyhow::Result<()> {
         tokens: steps * recipe.tokens_per_step(),
         predicted_peak_bytes: account.total(),
         memory: account,
-        sources: data::describe(recipe, &root)?,
+        sources: data::describe(recipe, &data::prepare(recipe, &root, &mut |_| {})?.corpus),
     };
     let text = if arguments.json {
         serde_json::to_string(&plan)? + "\n"
@@ -322,15 +322,15 @@ fn export(arguments: &TrainArguments, recipe: &Recipe, section: &Export, report:
 
     say("scoring the exported weights");
     let exported = Checkpoint::open(dir)?;
-    let root = recipe.data_root(arguments.data.as_deref())?;
+    let corpus = data::prepare(recipe, &recipe.data_root(arguments.data.as_deref())?, &mut |_| {})?.corpus;
     let card = Card {
         recipe,
         recipe_file: &arguments.recipe,
         report,
         dir,
         dtype: dtype_name(section.dtype),
-        sources: data::describe(recipe, &root)?,
-        validation: ernie_train::evaluate(recipe, &exported, arguments.data.as_deref())?,
+        sources: data::describe(recipe, &corpus),
+        validation: ernie_train::evaluate(recipe, &exported, &corpus)?,
         samples: card::samples(dir)?,
         config: exported.config(),
         weight_bytes: exported.file_bytes(),

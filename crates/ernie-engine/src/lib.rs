@@ -27,6 +27,7 @@ mod logprobs;
 mod model;
 mod moe;
 mod paragraphs;
+mod past;
 mod profile;
 mod random;
 mod runner;

@@ -5,6 +5,7 @@ use crate::drafts::DraftOptions;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::paragraphs::Ends;
+use crate::past::WindowBlocks;
 use crate::profile::Profile;
 use crate::runner::Runner;
 
@@ -20,16 +21,32 @@ pub struct Session<'m> {
     runner: Runner,
     /// The cache's blocks, in order: a session has them to itself.
     blocks: Vec<u32>,
+    /// Those of the layers that see a window, if there are any.
+    windows: Option<WindowBlocks>,
     paragraphs: Ends,
     drafts: DraftOptions,
 }
 
 impl<'m> Session<'m> {
-    /// An empty session for at most `max_len` tokens. Memory for the cache is taken as the session grows.
+    /// An empty session for at most `max_len` tokens. Memory for the cache is taken as the session grows; that of layers which see a window stops growing with it.
     ///
     /// # Errors
     /// [`Error::Parameter`] if `max_len` is 0, [`Error::ContextLength`] if the model was not made for as many, [`Error::OutOfMemory`].
     pub fn new(model: &'m Model, max_len: usize) -> Result<Self> {
+        // A block more than is seen: gates go back to the end of one, and a text is often taken back by a few tokens.
+        Self::with_window(model, max_len, model.cache_layout().window.map(|window| window + BLOCK))
+    }
+
+    /// The same, but it keeps what its windows have passed: [`Session::truncate`] then goes back to any token, whatever the model's layers see.
+    ///
+    /// # Errors
+    /// As [`Session::new`].
+    pub fn keeping_all(model: &'m Model, max_len: usize) -> Result<Self> {
+        Self::with_window(model, max_len, model.cache_layout().window.map(|_| usize::MAX))
+    }
+
+    /// `window`: for how many positions back it keeps what layers with a window have; `None` without such layers.
+    fn with_window(model: &'m Model, max_len: usize, window: Option<usize>) -> Result<Self> {
         let config = model.config();
         if max_len == 0 {
             return Err(Error::Parameter { field: "max_len", expected: "a number ≥ 1", got: "0".to_owned() });
@@ -38,11 +55,10 @@ impl<'m> Session<'m> {
             return Err(Error::ContextLength { needed: max_len, limit: config.max_position_embeddings });
         }
         let blocks = max_len.div_ceil(BLOCK);
-        // A session may forget its last tokens, so it keeps what its windows have passed.
-        let windows = if model.cache_layout().window.is_some() { blocks } else { 0 };
-        let runner = Runner::new(model, blocks, windows)?;
+        let windows = window.map(|window| WindowBlocks::new(window, max_len, PREFILL_CHUNK));
+        let runner = Runner::new(model, blocks, windows.as_ref().map_or(0, WindowBlocks::count))?;
         let (ids, blocks, paragraphs, drafts) = (Vec::new(), (0..blocks as u32).collect(), Ends::default(), DraftOptions { max_tokens: 0 });
-        Ok(Session { model, max_len, ids, runner, blocks, paragraphs, drafts })
+        Ok(Session { model, max_len, ids, runner, blocks, windows, paragraphs, drafts })
     }
 
     /// The same session, with guesses of what follows checked together while text is generated in it: the same tokens, sooner where text repeats itself. Without
@@ -92,18 +108,36 @@ impl<'m> Session<'m> {
         self.max_len
     }
 
-    /// Forgets all but the first `len` tokens; of a model with gated heads, whose state is kept at the ends of blocks, perhaps up to 31 more.
+    /// Memory of the keys and values that it holds.
+    pub fn kv_bytes_in_use(&self) -> usize {
+        let layout = self.model.cache_layout();
+        self.len().div_ceil(BLOCK) * layout.block_bytes()
+            + self.windows.as_ref().map_or(0, WindowBlocks::in_use) * layout.window_block_bytes()
+    }
+
+    /// Forgets all but the first `len` tokens; of a model with gated heads, whose state is kept at the ends of blocks, perhaps up to 31 more. Where layers see a
+    /// window and no longer have what the next token would see, more: perhaps all that came after the last prompt, and if that is cut too, all of it.
+    /// [`Session::len`] tells what is left.
     pub fn truncate(&mut self, len: usize) {
-        let len = if self.model.has_gates() && len < self.ids.len() { len / BLOCK * BLOCK } else { len };
+        if len >= self.ids.len() {
+            return;
+        }
+        let len = if self.model.has_gates() { len / BLOCK * BLOCK } else { len };
+        let len = self.windows.as_mut().map_or(len, |windows| windows.truncate(len));
         self.ids.truncate(len);
         self.paragraphs.truncate(len);
     }
 
     /// Forgets what differs from `prompt`, and its last token if all of it is known, so that its logits can be computed by a
-    /// [`Session::prefill`] of the rest. Returns how many tokens of `prompt` remain known.
+    /// [`Session::prefill`] of the rest. Returns how many tokens of `prompt` remain known. The session can come back to this prompt until it is given another.
     pub fn keep_common_prefix(&mut self, prompt: &[u32]) -> usize {
         let common = self.ids.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        self.truncate(common.min(prompt.len().saturating_sub(1)));
+        let all_but_one = prompt.len().saturating_sub(1);
+        self.truncate(common.min(all_but_one));
+        if let Some(windows) = &mut self.windows {
+            // As gates have it: at the end of a block.
+            windows.keep(if self.model.has_gates() { all_but_one / BLOCK * BLOCK } else { all_but_one });
+        }
         self.len()
     }
 
@@ -198,16 +232,21 @@ impl<'m> Session<'m> {
         if !self.model.predicts() {
             return Ok(None);
         }
-        self.step(ids, 1);
-        let count = ids.len() - 1;
-        let work = &mut self.runner.work;
-        work.spans.clear();
-        work.spans.full.push(count, 0, &self.blocks[..count.div_ceil(BLOCK)]);
-        work.wanted.clear();
-        work.wanted.extend(0..count as u32);
-        let rows: Vec<u32> = (0..count as u32).collect();
-        self.runner.predict(self.model, &rows, &ids[1..]);
-        Ok(Some(self.runner.work.logits.clone()))
+        let (count, mut logits) = (ids.len() - 1, Vec::new());
+        for start in (0..count).step_by(PREFILL_CHUNK) {
+            let end = (start + PREFILL_CHUNK).min(count);
+            self.step(&ids[start..end], 0);
+            let work = &mut self.runner.work;
+            work.spans.clear();
+            work.spans.full.push(end - start, start, &self.blocks[..end.div_ceil(BLOCK)]);
+            work.wanted.clear();
+            work.wanted.extend(0..(end - start) as u32);
+            let rows: Vec<u32> = (0..(end - start) as u32).collect();
+            self.runner.predict(self.model, &rows, &ids[start + 1..=end]);
+            logits.extend_from_slice(&self.runner.work.logits);
+        }
+        self.step(&ids[count..], 0);
+        Ok(Some(logits))
     }
 
     fn check_room(&self, ids: &[u32]) -> Result<()> {
@@ -216,7 +255,7 @@ impl<'m> Session<'m> {
         if needed > self.max_len { Err(Error::ContextLength { needed, limit: self.max_len }) } else { Ok(()) }
     }
 
-    /// Tokens through the model, logits for the last `wanted` of them.
+    /// Tokens through the model, at most [`PREFILL_CHUNK`], logits for the last `wanted` of them.
     fn step(&mut self, ids: &[u32], wanted: usize) {
         let work = &mut self.runner.work;
         let start = self.ids.len();
@@ -224,7 +263,10 @@ impl<'m> Session<'m> {
         work.gates.drafts.clear();
         let blocks = &self.blocks[..(start + ids.len()).div_ceil(BLOCK)];
         work.spans.full.push(ids.len(), start, blocks);
-        work.spans.windowed.push(ids.len(), start, blocks);
+        if let Some(windows) = &mut self.windows {
+            let (gone, blocks) = windows.step(start, ids.len());
+            work.spans.windowed.push_from(ids.len(), start, gone, blocks);
+        }
         if let Some(rule) = &self.model.config().mechanisms.paragraphs {
             self.paragraphs.follow(rule, &self.ids);
             self.paragraphs.push_to(&mut work.spans.paragraphs, rule, ids, start, start + ids.len(), blocks);

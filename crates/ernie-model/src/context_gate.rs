@@ -5,7 +5,7 @@
 //! 2505.06708), mixtures of heads (arXiv 2410.11842).
 use std::sync::Arc;
 
-use crate::{init::Init, ops};
+use crate::{correlation::Correlation, init::Init, ops};
 use burn::{module::Param, prelude::*, tensor::TensorData};
 use ernie_checkpoint::{Config, ContextGate as Settings};
 use ernie_kernels::head_gates;
@@ -106,17 +106,11 @@ impl Gating {
         let density = self.density();
         let active = self.active();
         let heads = active.len() / density.len().max(1);
-        let counts = active.chunks(heads.max(1)).map(|row| row.iter().filter(|active| **active).count() as f64);
-        correlation(&density.iter().map(|&d| f64::from(d)).collect::<Vec<_>>(), &counts.collect::<Vec<_>>())
+        let counts = active.chunks(heads.max(1)).map(|row| row.iter().filter(|active| **active).count());
+        let mut sums = Correlation::default();
+        density.iter().zip(counts).for_each(|(&density, count)| sums.add(f64::from(density), count as f64));
+        sums.coefficient()
     }
-}
-
-fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
-    let n = a.len() as f64;
-    let (mean_a, mean_b) = (a.iter().sum::<f64>() / n, b.iter().sum::<f64>() / n);
-    let sum = |f: &dyn Fn(f64, f64) -> f64| a.iter().zip(b).map(|(a, b)| f(a - mean_a, b - mean_b)).sum::<f64>();
-    let (ab, aa, bb) = (sum(&|a, b| a * b), sum(&|a, _| a * a), sum(&|_, b| b * b));
-    (aa > 0.0 && bb > 0.0).then(|| ab / (aa * bb).sqrt())
 }
 
 /// In these very steps, so that a layer that is computed again for its gradients comes to the same bits on the tape and off it. What is below −80 counts
@@ -182,12 +176,5 @@ mod tests {
             let found = [ops::host_f32(&gate.decay.val().grad(&tape).unwrap()), ops::host_f32(&x_th.grad(&tape).unwrap())].concat();
             assert!(found.iter().all(|g| g.is_finite()), "decay of {logit}: {found:?}");
         }
-    }
-
-    #[test]
-    fn correlation_is_pearsons() {
-        assert!((correlation(&[1.0, 2.0, 3.0], &[2.0, 4.0, 6.0]).unwrap() - 1.0).abs() < 1e-12);
-        assert!((correlation(&[1.0, 2.0, 3.0, 4.0], &[1.0, 3.0, 2.0, 4.0]).unwrap() - 0.8).abs() < 1e-12);
-        assert_eq!(correlation(&[1.0, 2.0], &[3.0, 3.0]), None);
     }
 }

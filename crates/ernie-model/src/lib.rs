@@ -10,6 +10,7 @@
 pub mod attention;
 pub mod batch;
 pub mod context_gate;
+pub mod correlation;
 pub mod init;
 pub mod linear;
 pub mod mlp;

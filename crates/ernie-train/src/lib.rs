@@ -1,6 +1,7 @@
 //! A real training loop: data, schedules, losses, optimizer, crash-safe checkpoints, telemetry.
 pub mod curriculum;
 pub mod data;
+mod error;
 pub mod experts;
 pub mod heads;
 pub mod memory;
@@ -18,10 +19,11 @@ pub mod tokenizer_training;
 mod trainer;
 mod validation;
 
+pub use error::TrainError;
 pub use origin::Origin;
 pub use profile::Profile;
 pub use recipe::{Precision, Recipe};
 pub use report::Report;
 pub use sweep::Sweep;
-pub use trainer::{TrainError, TrainOptions, export, model_config, train};
+pub use trainer::{TrainOptions, export, model_config, train};
 pub use validation::{Validated, evaluate};

@@ -4,17 +4,22 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ernie_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
+use time::{Date, OffsetDateTime};
 
 use crate::curriculum::difficulty::weights_hash;
+use crate::data::Prepared;
+use crate::error::TrainError;
 use crate::recipe::{self, Recipe, Source};
-use crate::snapshot;
-use crate::trainer::{TrainError, checkpoints};
+use crate::snapshot::Position;
 
 /// What the figures of a report came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// Hash of everything in the recipe that decides the figures: the weights, the text, how losses are measured.
     pub recipe: String,
+    /// Name of each source and hash of its files, their names and contents, as the run found them; reports of earlier programs do not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub text: Vec<(String, String)>,
     /// The program and its version.
     pub program: String,
     /// Threads that computed.
@@ -26,11 +31,12 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Of a run of this recipe that ends now, in this process.
-    pub(crate) fn of(recipe: &Recipe) -> Self {
+    /// Of a run of this recipe on this data that ends now, in this process.
+    pub(crate) fn of(recipe: &Recipe, prepared: &Prepared) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
             recipe: report_fingerprint(recipe),
+            text: recipe.data.source.iter().zip(&prepared.files).map(|(source, files)| (source.name.clone(), text_hash(files))).collect(),
             program: concat!("ernie-rs ", env!("CARGO_PKG_VERSION")).to_owned(),
             threads: rayon::current_num_threads(),
             processor: std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| processor(&text)),
@@ -45,17 +51,15 @@ fn processor(cpuinfo: &str) -> Option<String> {
     Some(name.trim_start_matches([' ', '\t', ':']).trim_end().to_owned())
 }
 
-/// The day of a time in seconds since 1970 (Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms").
+/// The day of a time in seconds since 1970.
 fn date(seconds: u64) -> String {
-    let shifted = seconds / 86_400 + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    // From March on, so that the leap day is the last.
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    format!("{:04}-{month:02}-{day:02}", era * 400 + year_of_era + u64::from(month <= 2))
+    let time = i64::try_from(seconds).ok().and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok());
+    time.map_or(Date::MAX, OffsetDateTime::date).to_string()
+}
+
+/// The hash of a source's files as reports have it.
+pub(crate) fn text_hash(files: &blake3::Hash) -> String {
+    files.to_hex()[..32].to_string()
 }
 
 /// A hash of everything in the recipe that decides the weights: not names, folders, thread counts or how often things are written.
@@ -76,7 +80,8 @@ pub(crate) fn recipe_fingerprint(recipe: &Recipe) -> String {
     hash(&json.expect("a recipe is plain data"))
 }
 
-/// The same with what decides the text and the validations. A run under way has its text's own hash in its state; of a finished one only the recipe is at hand.
+/// The same with what decides the text and the validations, but for the files themselves: the state of a run under way has the hash of its text, the [`Origin`] of
+/// a finished one those of its sources' files.
 pub(crate) fn report_fingerprint(recipe: &Recipe) -> String {
     let sources: Vec<Source> = recipe.data.source.iter().map(|source| Source { licence: String::new(), ..source.clone() }).collect();
     let measured = (recipe.data.validation_fraction, recipe.run.validate_every, recipe.run.validate_tokens);
@@ -98,15 +103,14 @@ pub(crate) fn reference_hash(recipe: &Recipe) -> Result<Option<String>, TrainErr
     Ok(Some(weights_hash(model)?.to_hex()[..32].to_string()))
 }
 
-/// Refuses to go on with what is in the recipe's folder when that was begun with another recipe or another reference than those of these hashes.
-pub(crate) fn refuse_another(recipe: &Recipe, fingerprint: &str, reference_hash: Option<&str>) -> Result<(), TrainError> {
-    let Some(saved) = snapshot::latest_position(&checkpoints(recipe))? else { return Ok(()) };
+/// Refuses to go on from a position in the recipe's folder that was come to with another recipe or another reference than those of these hashes.
+pub(crate) fn refuse_another(recipe: &Recipe, saved: &Position, fingerprint: &str, reference_hash: Option<&str>) -> Result<(), TrainError> {
     if saved.recipe != fingerprint {
-        return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.recipe, given: fingerprint.to_owned() });
+        return Err(TrainError::OtherRun { out: recipe.run.out.clone(), saved: saved.recipe.clone(), given: fingerprint.to_owned() });
     }
-    match (reference(recipe), saved.reference, reference_hash) {
+    match (reference(recipe), &saved.reference, reference_hash) {
         (Some(model), Some(saved), Some(given)) if saved != given => {
-            Err(TrainError::OtherReference { model: model.to_path_buf(), saved, given: given.to_owned() })
+            Err(TrainError::OtherReference { model: model.to_path_buf(), saved: saved.clone(), given: given.to_owned() })
         }
         _ => Ok(()),
     }

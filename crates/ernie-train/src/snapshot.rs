@@ -155,34 +155,51 @@ pub fn write(
     Ok(whole)
 }
 
-/// The newest checkpoint under `root`, if there is one. Removes what a killed run left half-written.
+/// A checkpoint of which only the trainer's position has been read.
+pub struct Newest {
+    /// Where the trainer was.
+    pub position: Position,
+    path: PathBuf,
+}
+
+impl Newest {
+    /// Reads the rest of it.
+    ///
+    /// # Errors
+    /// If it cannot be read or is damaged.
+    pub fn read(self) -> Result<Snapshot, SnapshotError> {
+        let Self { position, path } = self;
+        let model = Checkpoint::open(&path)?;
+        let moments = read_moments(&path.join(MOMENTS))?;
+        Ok(Snapshot { model, position, moments, path })
+    }
+}
+
+/// The newest checkpoint under `root`, if there is one.
 ///
 /// # Errors
-/// If it cannot be read or is damaged; nothing is deleted then but half-written directories.
-pub fn read_latest(root: &Path) -> Result<Option<Snapshot>, SnapshotError> {
+/// If its position cannot be read or is damaged.
+pub fn newest(root: &Path) -> Result<Option<Newest>, SnapshotError> {
     if !root.exists() {
         return Ok(None);
+    }
+    list(root)?.pop().map(|(_, path)| Ok(Newest { position: read_position(&path)?, path })).transpose()
+}
+
+/// Removes what a killed run left half-written under `root`: for who trains there, and nobody else.
+///
+/// # Errors
+/// If the disk refuses.
+pub fn remove_partial(root: &Path) -> Result<(), SnapshotError> {
+    if !root.exists() {
+        return Ok(());
     }
     for entry in entries(root)? {
         if entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".step-")) {
             fs::remove_dir_all(&entry).map_err(|source| io(&entry, source))?;
         }
     }
-    match list(root)?.pop() {
-        Some((_, path)) => read(&path).map(Some),
-        None => Ok(None),
-    }
-}
-
-/// Where the trainer was at the newest checkpoint under `root`, without its weights.
-///
-/// # Errors
-/// If it cannot be read or is damaged.
-pub fn latest_position(root: &Path) -> Result<Option<Position>, SnapshotError> {
-    if !root.exists() {
-        return Ok(None);
-    }
-    list(root)?.pop().map(|(_, path)| read_position(&path)).transpose()
+    Ok(())
 }
 
 /// Copies the tokenizer files of one folder into another.
@@ -204,13 +221,6 @@ fn read_position(path: &Path) -> Result<Position, SnapshotError> {
     let file = path.join(POSITION);
     let bytes = fs::read(&file).map_err(|source| io(&file, source))?;
     serde_json::from_slice(&bytes).map_err(|error| corrupt(&file, error))
-}
-
-fn read(path: &Path) -> Result<Snapshot, SnapshotError> {
-    let position = read_position(path)?;
-    let model = Checkpoint::open(path)?;
-    let moments = read_moments(&path.join(MOMENTS))?;
-    Ok(Snapshot { model, position, moments, path: path.to_path_buf() })
 }
 
 /// Complete checkpoints by step, oldest first.

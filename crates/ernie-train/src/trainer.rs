@@ -15,6 +15,7 @@ use std::{
 use crate::{
     curriculum::{Curriculum, difficulty},
     data::{self, Prepared, Stream, packing::Batch, priority::Draw},
+    error::TrainError,
     memory,
     optimizer::{self, AdamW, AdamWConfig},
     origin::{Origin, recipe_fingerprint, reference_hash, refuse_another},
@@ -22,97 +23,16 @@ use crate::{
     recipe::{self, Recipe},
     report::Report,
     routing,
-    schedule::{Schedule, ScheduleError},
-    snapshot::{self, Position, Snapshot, SnapshotError, Unlogged},
-    telemetry::{StepMetrics, Telemetry, TelemetryError, TelemetryOptions},
+    schedule::Schedule,
+    snapshot::{self, Newest, Position, Snapshot, Unlogged},
+    telemetry::{StepMetrics, Telemetry, TelemetryOptions},
     validation::{Validated, reached, validate},
 };
 use ernie_checkpoint::{Config, SaveDtype, SaveOptions};
 use ernie_model::{
-    Ernie, LoadError, LossWeights, Losses, NamedParameters, PackedBatch,
+    Ernie, LossWeights, Losses, NamedParameters, PackedBatch,
     parameters::{self, Parameter},
 };
-
-/// A run could not start or go on.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    /// The recipe.
-    #[error(transparent)]
-    Recipe(#[from] recipe::Error),
-    /// The schedule.
-    #[error(transparent)]
-    Schedule(#[from] ScheduleError),
-    /// The data.
-    #[error(transparent)]
-    Data(#[from] data::Error),
-    /// A checkpoint of the run.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// The model, on its way in or out.
-    #[error(transparent)]
-    Checkpoint(#[from] ernie_checkpoint::Error),
-    /// The model of a checkpoint.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// Metrics, events, curve.
-    #[error(transparent)]
-    Telemetry(#[from] TelemetryError),
-    /// The folder holds a run of another recipe.
-    #[error(
-        "{} holds a run of another recipe (or of an earlier version of this one): its recipe's hash is {saved}, this one's {given}; give \
-         `run.out` (of a sweep: `out`) another folder, or delete that one to start again",
-        out.display()
-    )]
-    OtherRun {
-        /// `run.out`.
-        out: PathBuf,
-        /// Hash of the recipe that the run there was begun with, or "unknown".
-        saved: String,
-        /// Hash of the recipe that came.
-        given: String,
-    },
-    /// The reference model that the run was begun with has been replaced.
-    #[error(
-        "the run was begun with another model in {}: the hash of its weights was {saved} and is {given}; put that model back, or give \
-         `run.out` another folder to start a run with this one",
-        model.display()
-    )]
-    OtherReference {
-        /// Directory of the reference.
-        model: PathBuf,
-        /// Hash of the weights that the run was begun with.
-        saved: String,
-        /// Hash of the weights that are there.
-        given: String,
-    },
-    /// Another process trains into the folder.
-    #[error("another ernie is training into {}; wait for it, stop it, or give `run.out` another folder", out.display())]
-    Busy {
-        /// `run.out`.
-        out: PathBuf,
-    },
-    /// The loss or the gradient is no longer a number.
-    #[error(
-        "step {step}: {what} is {value}; the weights before this step are in the last checkpoint; lower optimizer.lr, lengthen \
-         schedule.warmup_steps or lower optimizer.clip_norm"
-    )]
-    NotFinite {
-        /// Step that failed.
-        step: u64,
-        /// "the loss" or "the gradient norm".
-        what: &'static str,
-        /// What it came to.
-        value: f64,
-    },
-    /// A folder could not be made.
-    #[error("{}: {source}; check the folder's permissions and the disk's free space", path.display())]
-    Io {
-        /// File or folder.
-        path: PathBuf,
-        /// Reason.
-        source: std::io::Error,
-    },
-}
 
 /// What the caller decides beside the recipe.
 #[derive(Debug, Clone, Default)]
@@ -239,7 +159,11 @@ impl<'a> Trainer<'a> {
             }
         };
         let (fingerprint, reference) = (recipe_fingerprint(recipe), reference_hash(recipe)?);
-        refuse_another(recipe, &fingerprint, reference.as_deref())?;
+        let newest = snapshot::newest(&checkpoints(recipe))?;
+        if let Some(newest) = &newest {
+            refuse_another(recipe, &newest.position, &fingerprint, reference.as_deref())?;
+        }
+        snapshot::remove_partial(&checkpoints(recipe))?;
         let prepared = data::prepare(recipe, &root, &mut say)?;
         let staged = recipe.curriculum.as_ref();
         let difficulty = match staged.filter(|staged| staged.uses_difficulty()).and_then(|staged| staged.reference.as_ref()) {
@@ -263,7 +187,7 @@ impl<'a> Trainer<'a> {
         let mut optimizer = AdamW::new(adamw);
         let device = ernie_model::training_device();
         let open = |state| Stream::open(recipe, prepared.corpus.clone(), config.vocab_size, difficulty.as_ref(), reached.as_deref(), state);
-        let (mut model, stream, position) = match snapshot::read_latest(&checkpoints(recipe))? {
+        let (mut model, stream, position) = match newest.map(Newest::read).transpose()? {
             Some(Snapshot { model, position, moments, .. }) => {
                 let stream = open(Some(position.data.clone()))?;
                 optimizer.step = position.step;
@@ -503,7 +427,7 @@ impl<'a> Trainer<'a> {
             model_dir,
             peak_rss_bytes: memory::peak_rss_bytes(),
             profile: self.clocks.profile(),
-            origin: finished.then(|| Origin::of(self.recipe)),
+            origin: finished.then(|| Origin::of(self.recipe, &self.prepared)),
         }
     }
 }

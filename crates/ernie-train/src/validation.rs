@@ -8,11 +8,12 @@ use ernie_model::steering::NO_DOMAIN;
 
 use crate::curriculum::LayerLosses;
 use crate::data::encoding::Encoder;
-use crate::data::{self, Corpus, Prepared};
+use crate::data::{Corpus, Prepared};
+use crate::error::TrainError;
 use crate::experts::ExpertUse;
 use crate::heads::{HeadSums, HeadUse};
 use crate::recipe::{self, Precision, Recipe};
-use crate::trainer::{TrainError, packed};
+use crate::trainer::packed;
 
 /// A model on the validation documents, which tell it nothing of their domains.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -27,16 +28,14 @@ pub struct Validated {
     pub expert_losses: Vec<LayerLosses>,
 }
 
-/// Mean loss per source of a model on the recipe's validation documents, in nats per token.
+/// Mean loss per source of a model on the validation documents of the recipe's corpus, in nats per token.
 ///
 /// # Errors
-/// If the data cannot be prepared.
-pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, data_root: Option<&Path>) -> Result<Vec<(String, f64)>, TrainError> {
-    let root = recipe.data_root(data_root)?;
-    let prepared = data::prepare(recipe, &root, &mut |_| {})?;
+/// If the model cannot be loaded.
+pub fn evaluate(recipe: &Recipe, checkpoint: &Checkpoint, corpus: &Corpus) -> Result<Vec<(String, f64)>, TrainError> {
     let mut model = Ernie::load(checkpoint, &ernie_model::training_device())?;
     model.reserve_positions(recipe.data.sequence_length);
-    Ok(validate(&model, &prepared.corpus, recipe).losses)
+    Ok(validate(&model, corpus, recipe).losses)
 }
 
 /// Loss of a reference model in each of the run's sources, on their validation text, in nats per token.

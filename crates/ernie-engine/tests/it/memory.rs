@@ -2,7 +2,9 @@
 use std::sync::Arc;
 
 use ernie_checkpoint::SaveDtype;
-use ernie_engine::{DraftOptions, Engine, EngineOptions, KvDtype, LoadOptions, Model, Request, SamplingParams, WeightDtype};
+use ernie_engine::{
+    DraftOptions, Engine, EngineOptions, KvDtype, LoadOptions, Model, PREFILL_CHUNK, Request, SamplingParams, Session, WeightDtype,
+};
 use ernie_kernels::paged::{BLOCK, KvBlocks};
 
 use crate::golden::{Golden, windows};
@@ -12,20 +14,26 @@ const ANSWER: usize = 70;
 const BUDGET: usize = 64;
 const WINDOW: usize = 40;
 
-/// Computed tokens and bytes in use after each step but the last, of a text and its answer under layers that see a window of so many positions, 0 for
-/// all; and the bytes of a block in one layer.
-fn bytes_after_each_step(windows_of_layers: &[usize]) -> (Vec<(usize, usize)>, usize) {
+/// A model whose layers see a window of so many positions, 0 for all; and the bytes of a block in one layer.
+fn model(windows_of_layers: &[usize]) -> (Model, usize) {
     let checkpoint = Golden::named("dense_untied_gqa").copy(SaveDtype::F32, |config| {
         config.max_position_embeddings = 4096;
         config.mechanisms = windows(windows_of_layers);
     });
     let options = LoadOptions { dtype: WeightDtype::F32, threads: 1, kv_dtype: Some(KvDtype::F32) };
-    let model = Arc::new(Model::load_with(&checkpoint, options).unwrap());
+    let model = Model::load_with(&checkpoint, options).unwrap();
     let config = model.config();
     let per_block = KvBlocks::bytes_per_block(1, config.num_key_value_heads, config.head_dim, KvDtype::F32);
+    (model, per_block)
+}
+
+/// Computed tokens and bytes in use after each step but the last, of a text and its answer under layers that see a window of so many positions, 0 for
+/// all; and the bytes of a block in one layer.
+fn bytes_after_each_step(windows_of_layers: &[usize]) -> (Vec<(usize, usize)>, usize) {
+    let (model, per_block) = model(windows_of_layers);
     let options =
         EngineOptions { cache_bytes: 1 << 23, token_budget: BUDGET, drafts: DraftOptions { max_tokens: 0 }, ..EngineOptions::default() };
-    let mut engine = Engine::new(model, options).unwrap();
+    let mut engine = Engine::new(Arc::new(model), options).unwrap();
     assert_eq!(engine.kv_bytes_in_use(), 0);
     let params = SamplingParams { max_tokens: ANSWER, ignore_eos: true, ..SamplingParams::greedy() };
     let prompt = (0..TEXT as u32).map(|i| 1 + i * 31 % 97).collect();
@@ -72,5 +80,31 @@ fn layers_that_see_a_window_take_no_more_than_it_needs() {
     let (mixed, per_block) = bytes_after_each_step(&[WINDOW, WINDOW, 0]);
     for ((computed, bytes), (_, windowed)) in mixed.into_iter().zip(found) {
         assert_eq!(bytes, per_block * computed.div_ceil(BLOCK) + windowed / 3 * 2, "after {computed} tokens");
+    }
+}
+
+/// A session takes, for the layers with a window, what a step needs and what the last prompt's end sees; for the others all.
+#[test]
+fn a_session_takes_no_more_for_windows_than_a_step_and_the_way_back() {
+    let prompt: Vec<u32> = (0..TEXT as u32).map(|i| 1 + i * 31 % 97).collect();
+    for (windows, full) in [([WINDOW; 3], 0), ([WINDOW, WINDOW, 0], 1), ([0; 3], 3)] {
+        let (model, per_block) = model(&windows);
+        let mut session = Session::new(&model, 4096).unwrap();
+        session.keep_common_prefix(&prompt);
+        assert_eq!(session.kv_bytes_in_use(), 0);
+        let of_windows = |session: &Session<'_>| session.kv_bytes_in_use() / per_block - full * session.len().div_ceil(BLOCK);
+        // It keeps a block more than the windows need.
+        let (a_chunk, a_token, kept) = (most(PREFILL_CHUNK + BLOCK), most(1 + BLOCK), most(BLOCK));
+        for chunk in prompt.chunks(PREFILL_CHUNK) {
+            session.prefill(chunk).unwrap();
+            assert!(of_windows(&session) <= (3 - full) * a_chunk, "after {} tokens", session.len());
+        }
+        for _ in 0..200 {
+            session.decode(7).unwrap();
+            assert!(of_windows(&session) <= (3 - full) * (a_token + kept), "after {} tokens", session.len());
+        }
+        assert_eq!(of_windows(&session) > 0, full < 3);
+        session.truncate(0);
+        assert_eq!(session.kv_bytes_in_use(), 0);
     }
 }

@@ -2,7 +2,7 @@
 use std::ops::ControlFlow;
 
 use ernie_checkpoint::{Checkpoint, Config, SaveDtype, SaveOptions, TensorGroup, save};
-use ernie_engine::{Error, FinishReason, Model, SamplingParams, Session, WeightDtype, generate, generate_in};
+use ernie_engine::{DraftOptions, Error, FinishReason, Model, SamplingParams, Session, WeightDtype, generate, generate_in};
 
 use crate::golden::{Golden, int4_checkpoint, max_difference};
 
@@ -155,6 +155,57 @@ fn a_session_goes_back_into_an_earlier_paragraph() {
         let kept = session.prefill(&second[back..]).unwrap().to_vec();
         assert_eq!(kept, Session::new(&model, 256).unwrap().prefill(&second).unwrap(), "back to {back}");
     }
+}
+
+/// Blocks that no token to come sees are written again; the bits stay those of a session that keeps everything, also when the text is taken back.
+#[test]
+fn what_windows_have_passed_is_given_up_without_changing_a_bit() {
+    for name in ["dense_local", "dense_paragraphs", "moe_gated_paragraphs"] {
+        let golden = Golden::named(name);
+        let model = Model::load(&golden.copy(SaveDtype::F32, |config| config.max_position_embeddings = 2048)).unwrap();
+        let (mut giving, mut keeping) = (Session::new(&model, 2048).unwrap(), Session::keeping_all(&model, 2048).unwrap());
+        let prompt: Vec<u32> = (0..600).map(|i| 1 + i * 31 % 90).collect();
+        assert_eq!(giving.keep_common_prefix(&prompt), 0);
+        assert!(giving.logits_for(&prompt, 600).unwrap() == keeping.logits_for(&prompt, 600).unwrap(), "{name}: the prompt");
+        // Gates go back to the end of a block.
+        let kept = if model.config().mechanisms.context_gate.is_some() { 576 } else { 599 };
+        // Where to go back to, the least and the most that is then left, and how many tokens follow.
+        let turns = [(600, kept, 600, 300), (899, 896, 899, 40), (700, kept, 608, 100), (599, kept, 599, 300), (200, 0, 0, 700)];
+        for (turn, (back, least, most, tokens)) in turns.into_iter().enumerate() {
+            giving.truncate(back);
+            assert!((least..=most).contains(&giving.len()), "{name}: {} left of {back}", giving.len());
+            keeping.truncate(giving.len());
+            assert_eq!(giving.ids(), keeping.ids());
+            let ids: Vec<u32> = (0..tokens).map(|i| 1 + (i * 17 + turn as u32 * 7) % 90).collect();
+            let (ahead, one_by_one) = ids.split_at(ids.len() / 2);
+            assert!(giving.prefill(ahead).unwrap() == keeping.prefill(ahead).unwrap(), "{name}, turn {turn}");
+            for (place, &id) in one_by_one.iter().enumerate() {
+                assert!(giving.decode(id).unwrap() == keeping.decode(id).unwrap(), "{name}, turn {turn}, token {place}");
+            }
+        }
+        assert!(giving.kv_bytes_in_use() < keeping.kv_bytes_in_use());
+    }
+}
+
+/// The next turn of a conversation goes on from the prompt at least, however far the answer went on from there.
+#[test]
+fn a_conversation_goes_on_from_its_last_prompt() {
+    let golden = Golden::named("dense_local");
+    let model = golden.model(WeightDtype::Auto);
+    let params = SamplingParams { ignore_eos: true, ..greedy(150) };
+    let prompt: Vec<u32> = (0..70).map(|i| 1 + i * 31 % 90).collect();
+    let mut session = Session::new(&model, 256).unwrap().with_drafts(DraftOptions::default());
+    let first = generate_in(&mut session, &prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(first.tokens.len(), 150);
+    // The answer is written otherwise than it was generated.
+    let mut next = [&prompt[..], &first.tokens[..20]].concat();
+    next.extend([94, 93, 92]);
+    let again = generate_in(&mut session, &next, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert!((69..=93).contains(&again.timings.cached_tokens), "{} tokens were known", again.timings.cached_tokens);
+    assert_eq!(again.tokens, generate(&model, &next, &params, (), |_| ControlFlow::Continue(())).unwrap().tokens);
+    // And back to the prompt before, which is gone.
+    let back = generate_in(&mut session, &prompt, &params, (), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(back.tokens, first.tokens);
 }
 
 /// A session of a model with gated heads goes back to the end of a block, and on from there with the same bits.

@@ -14,8 +14,8 @@ use crate::data::encoding::Encoder;
 use crate::data::packing::IGNORE;
 use crate::data::shards::Shard;
 use crate::data::{self, Corpus, Prepared};
+use crate::error::TrainError;
 use crate::recipe::{self, Precision, Recipe};
-use crate::trainer::TrainError;
 
 const MAGIC: &[u8; 8] = b"ERNHARD1";
 /// Tokens that the reference reads at a time, if documents are no longer.

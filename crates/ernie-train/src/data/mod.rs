@@ -133,7 +133,7 @@ pub struct Documents {
 /// The files of a source and a hash of their names and contents.
 pub(crate) struct HashedFiles {
     files: Vec<SourceFile>,
-    hash: blake3::Hash,
+    pub hash: blake3::Hash,
 }
 
 pub(crate) fn hash_files(source: &Source, root: &Path) -> Result<HashedFiles, Error> {
@@ -215,6 +215,8 @@ pub struct Prepared {
     pub tokenizer_dir: PathBuf,
     /// The tokens.
     pub corpus: Arc<Corpus>,
+    /// Hash of each source's files, their names and contents, in the recipe's order.
+    pub files: Vec<blake3::Hash>,
 }
 
 /// Trains or finds the tokenizer, then makes or finds every source's shard. Both are cached under
@@ -268,7 +270,8 @@ pub fn prepare(recipe: &Recipe, root: &Path, progress: &mut dyn FnMut(&str)) -> 
         sources.push(TokenSource { name, weight: source.weight, epochs_max: source.epochs_max, domain, shard });
     }
     let fingerprint = fingerprint.finalize().to_hex()[..32].to_owned();
-    Ok(Prepared { tokenizer_dir, corpus: Arc::new(Corpus { sources, domains, fingerprint }) })
+    let files = hashed.iter().map(|found| found.hash).collect();
+    Ok(Prepared { tokenizer_dir, corpus: Arc::new(Corpus { sources, domains, fingerprint }), files })
 }
 
 fn shard_key(source: &Source, found: &HashedFiles, encoder: &Encoder, validation_fraction: f64) -> blake3::Hash {
@@ -310,12 +313,11 @@ pub struct SourceReport {
     pub epochs: f64,
 }
 
-/// What the recipe's data come to: one row per source, in the recipe's order. Prepares the corpus (cached).
-pub fn describe(recipe: &Recipe, root: &Path) -> Result<Vec<SourceReport>, Error> {
-    let prepared = prepare(recipe, root, &mut |_| {})?;
+/// What the recipe's data come to, from its corpus: one row per source, in the recipe's order.
+pub fn describe(recipe: &Recipe, corpus: &Corpus) -> Vec<SourceReport> {
     let total: f64 = recipe.data.source.iter().map(|source| source.weight).sum();
     let run_tokens = (recipe.total_steps() * recipe.tokens_per_step()) as f64;
-    let rows = recipe.data.source.iter().zip(&prepared.corpus.sources).map(|(source, tokens)| {
+    let rows = recipe.data.source.iter().zip(&corpus.sources).map(|(source, tokens)| {
         let share = source.weight / total;
         SourceReport {
             name: source.name.clone(),
@@ -328,7 +330,7 @@ pub fn describe(recipe: &Recipe, root: &Path) -> Result<Vec<SourceReport>, Error
             epochs: run_tokens * share / tokens.shard.train_tokens().max(1) as f64,
         }
     });
-    Ok(rows.collect())
+    rows.collect()
 }
 
 /// The report as an aligned text table.

@@ -371,7 +371,7 @@ fn duplicates_are_left_out_and_empty_sources_refused() {
 fn a_report_of_every_source() {
     let dir = tempfile::tempdir().unwrap();
     let (recipe, prepared) = prepared(dir.path());
-    let rows = describe(&recipe, dir.path()).unwrap();
+    let rows = describe(&recipe, &prepared.corpus);
     assert_eq!(rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), ["short", "long", "talk"]);
     assert_eq!(rows[1].train_tokens, prepared.corpus.sources[1].shard.train_tokens());
     assert!((rows.iter().map(|row| row.share).sum::<f64>() - 1.0).abs() < 1e-12);

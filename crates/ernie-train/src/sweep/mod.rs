@@ -18,10 +18,11 @@
 //! ```
 //!
 //! All runs have one tokenizer, that of the recipe. A run that was stopped goes on where it was, one that is finished is not run again: stopping and
-//! starting a sweep loses nothing. A run of another recipe, finished or not, is refused. The first arm is what the others are compared with.
+//! starting a sweep loses nothing. A run of another recipe or of other text, finished or not, is refused. The first arm is what the others are compared with.
 mod page;
 mod pictures;
 mod report;
+mod text;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -30,12 +31,14 @@ use ernie_checkpoint::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use crate::data;
+use crate::error::TrainError;
 use crate::origin::{recipe_fingerprint, report_fingerprint};
 use crate::recipe::{self, Recipe};
 use crate::report::Report;
 use crate::snapshot;
-use crate::trainer::{self, TrainError, TrainOptions};
+use crate::trainer::{self, TrainOptions};
 pub use report::{ArmHeads, ArmReport, Comparison, RunReport, Spread, SweepReport};
+use text::TextNow;
 
 /// A sweep as its file has it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -192,8 +195,16 @@ impl Sweep {
         let mut runs = Vec::new();
         let mut tokenizer = None;
         let mut text_is_checked = false;
-        // All of them first: what is of another recipe is refused before anything is trained.
-        let done = planned.iter().map(|planned| finished(&planned.recipe)).collect::<Result<Vec<_>, _>>()?;
+        // All of them first: what is of another recipe or other text is refused before anything is trained.
+        let mut text = TextNow::default();
+        let check = |planned: &Planned| -> Result<_, TrainError> {
+            let report = finished(&planned.recipe)?;
+            if let Some(origin) = report.as_ref().and_then(|report| report.origin.as_ref()) {
+                text.refuse_other(&planned.recipe, origin, options.data_root.as_deref())?;
+            }
+            Ok(report)
+        };
+        let done = planned.iter().map(check).collect::<Result<Vec<_>, _>>()?;
         for (index, (Planned { arm, seed, mut recipe }, done)) in planned.iter().cloned().zip(done).enumerate() {
             if options.stop.load(Ordering::Relaxed) {
                 break;
@@ -277,7 +288,7 @@ fn finished(recipe: &Recipe) -> Result<Option<Report>, TrainError> {
     let (saved, given) = match &report.origin {
         Some(origin) => (Some(origin.recipe.clone()), report_fingerprint(recipe)),
         // Of a program that did not say: what its last checkpoint was trained by.
-        None => (snapshot::latest_position(&trainer::checkpoints(recipe))?.map(|position| position.recipe), recipe_fingerprint(recipe)),
+        None => (snapshot::newest(&trainer::checkpoints(recipe))?.map(|newest| newest.position.recipe), recipe_fingerprint(recipe)),
     };
     if saved.as_ref() == Some(&given) {
         return Ok(Some(report));

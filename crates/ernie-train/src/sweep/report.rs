@@ -4,10 +4,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{Arm, Sweep};
+use crate::error::TrainError;
 use crate::recipe;
 use crate::report::Report;
 use crate::telemetry::{Validation, validations};
-use crate::trainer::TrainError;
 
 /// A mean over runs and how sure it is.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

@@ -115,7 +115,7 @@ fn the_page_says_what_it_was_made_with() {
     let mut runs = [run(0, 1, &[4.0, 3.0]), run(1, 1, &[4.0, 3.0]), run(0, 2, &[4.0, 3.5]), run(1, 2, &[4.0, 3.5])];
     let origin = |date: &str| {
         let (recipe, program, processor) = ("0".repeat(32), "ernie-rs 1".to_owned(), Some("A & B".to_owned()));
-        Some(Origin { recipe, program, threads: 2, processor, date: date.into() })
+        Some(Origin { recipe, text: Vec::new(), program, threads: 2, processor, date: date.into() })
     };
     runs[0].report.origin = origin("2026-11-28");
     runs[1].report.origin = origin("2026-11-30");

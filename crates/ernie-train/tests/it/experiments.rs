@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::run::{Bench, bits};
 use ernie_checkpoint::Checkpoint;
 use ernie_train::data::priority::PriorityConfig;
+use ernie_train::sweep::SweepReport;
 use ernie_train::{Recipe, Sweep, TrainError, recipe, train};
 
 #[test]
@@ -239,6 +240,8 @@ fn finished_runs_are_of_their_recipe(bench: &Bench) {
     // Nor how often a checkpoint is written.
     run(steps.0, "\"run.steps\" = 20\n\"run.checkpoint_every\" = 7").unwrap();
 
+    finished_runs_are_of_their_text(bench, &run);
+
     // A report that does not say: its checkpoint knows.
     let dir = bench.root.join("sweep/windows/seed-1");
     let mut report: serde_json::Value = serde_json::from_slice(&fs::read(dir.join("report.json")).unwrap()).unwrap();
@@ -248,6 +251,39 @@ fn finished_runs_are_of_their_recipe(bench: &Bench) {
     assert_eq!(refused(steps.0, steps.1).len(), 32);
     fs::remove_dir_all(dir.join("checkpoints")).unwrap();
     assert_eq!(refused(steps.0, steps.0), "unknown");
+}
+
+/// Nor is one taken for a run on other files.
+fn finished_runs_are_of_their_text(bench: &Bench, run: &dyn Fn(&str, &str) -> Result<SweepReport, TrainError>) {
+    let unchanged = ("seeds = [1, 2]", "seeds = [1, 2]");
+    let (corpus, away) = (bench.root.join("data/corpus.txt"), bench.root.join("away.txt"));
+    let text = fs::read(&corpus).unwrap();
+    // Written again as it was, or not there: nothing has changed that could be seen.
+    fs::write(&corpus, &text).unwrap();
+    run(unchanged.0, unchanged.1).unwrap();
+    fs::rename(&corpus, &away).unwrap();
+    run(unchanged.0, unchanged.1).unwrap();
+    fs::write(&corpus, [&text[..], b" the dog likes the sun."].concat()).unwrap();
+    match run(unchanged.0, unchanged.1) {
+        Err(error @ TrainError::OtherText { .. }) => {
+            let message = error.to_string();
+            assert!(message.contains("as-it-is/seed-1") && message.contains("source `grammar`"), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // Reports of before do not say what the files were, and are believed.
+    let runs =
+        ["as-it-is", "windows", "priority"].into_iter().flat_map(|arm| [1, 2].map(|seed| format!("sweep/{arm}/seed-{seed}/report.json")));
+    let saved: Vec<_> = runs.map(|name| bench.root.join(name)).map(|path| (fs::read(&path).unwrap(), path)).collect();
+    for (json, path) in &saved {
+        let mut report: serde_json::Value = serde_json::from_slice(json).unwrap();
+        let text = report["origin"].as_object_mut().unwrap().remove("text").unwrap();
+        assert_eq!((text.as_array().unwrap().len(), &text[0][0]), (1, &"grammar".into()));
+        fs::write(path, report.to_string()).unwrap();
+    }
+    run(unchanged.0, unchanged.1).unwrap();
+    saved.iter().for_each(|(json, path)| fs::write(path, json).unwrap());
+    fs::rename(&away, &corpus).unwrap();
 }
 
 #[test]

@@ -40,7 +40,12 @@ fn a_run_learns_and_leaves_its_records() {
     let tokenizer = Tokenizer::from_dir(&model).unwrap();
     let ids = tokenizer.encode("the cat likes 花.", false).unwrap();
     assert_eq!(tokenizer.decode(&ids, false), "the cat likes 花.");
-    assert_eq!(evaluate(&recipe, &checkpoint, Some(&bench.root.join("data"))).unwrap(), report.validation);
+    let corpus = bench.corpus(&recipe);
+    // What is prepared is all that it takes.
+    let (data, away) = (bench.root.join("data"), bench.root.join("away"));
+    fs::rename(&data, &away).unwrap();
+    assert_eq!(evaluate(&recipe, &checkpoint, &corpus).unwrap(), report.validation);
+    fs::rename(&away, &data).unwrap();
     assert!(report.validation[0].1 < 0.6 * losses[0]);
 
     // A finished run is left as it is.
@@ -104,7 +109,8 @@ fn a_run_in_8_bits_learns_as_well_and_goes_on_to_the_same_bits() {
     assert!((loss - exact).abs() < 0.05 * exact && loss != exact, "{loss} against {exact}");
     // Validation is in f32: the model's own figure, whatever computed its training.
     let checkpoint = Checkpoint::open(&rounded.model_dir).unwrap();
-    assert_eq!(evaluate(&bench.recipe("exact", 150), &checkpoint, Some(&bench.root.join("data"))).unwrap(), rounded.validation);
+    let recipe_of_exact = bench.recipe("exact", 150);
+    assert_eq!(evaluate(&recipe_of_exact, &checkpoint, &bench.corpus(&recipe_of_exact)).unwrap(), rounded.validation);
 
     // As if killed after step 147, whose checkpoint is the newest that is left.
     let whole = bits(&rounded.model_dir);

@@ -3,9 +3,11 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use ernie_checkpoint::Checkpoint;
+use ernie_train::data::{self, Corpus};
 use ernie_train::{Recipe, TrainOptions};
 
 /// A folder with a corpus, and where runs may go.
@@ -39,6 +41,11 @@ impl Bench {
     /// Options that read this corpus, whatever ERNIE_DATA says.
     pub fn options(&self) -> TrainOptions {
         TrainOptions { quiet: true, data_root: Some(self.root.join("data")), ..TrainOptions::default() }
+    }
+
+    /// What the recipe's run trains on.
+    pub fn corpus(&self, recipe: &Recipe) -> Arc<Corpus> {
+        data::prepare(recipe, &self.root.join("data"), &mut |_| {}).unwrap().corpus
     }
 
     pub fn toml(&self, out: &str, steps: u64) -> String {

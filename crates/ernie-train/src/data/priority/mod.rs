@@ -113,6 +113,8 @@ struct SourcePriorities {
     /// 1 for every row whose loss is not known.
     unknown: SumTree,
     mean: f64,
+    /// Whether any of the rows was ever visited: the first loss is the mean, the others move it.
+    begun: bool,
 }
 
 impl SourcePriorities {
@@ -188,6 +190,7 @@ impl PrioritySampler {
                 known: SumTree::new(range.clone().map(relative)),
                 squares: SumTree::new(range.clone().map(|row| relative(row).powi(2))),
                 least: MinTree::new(range.clone().map(|row| if saved.visited[row] == 0 { f64::INFINITY } else { relative(row) })),
+                begun: saved.visited[range.clone()].iter().any(|&step| step > 0),
                 unknown: SumTree::new(range.map(|row| f64::from(u8::from(saved.visited[row] == 0)))),
                 mean: f64::from_bits(saved.mean_bits[index]),
             }
@@ -328,7 +331,7 @@ impl PrioritySampler {
             source.squares.set(place, r * r);
             source.least.set(place, r);
             source.unknown.set(place, 0.0);
-            let rate = if saved.visited[source.first..source.first + source.count].iter().all(|&step| step == 0) { 1.0 } else { MEAN_RATE };
+            let rate = if std::mem::replace(&mut source.begun, true) { MEAN_RATE } else { 1.0 };
             source.mean += rate * (f64::from(loss) - source.mean);
             saved.visited[row] = step as u32;
             saved.loss_bits[row] = loss.to_bits();

@@ -203,6 +203,30 @@ fn old_losses_are_forgotten() {
 }
 
 #[test]
+fn the_first_loss_of_a_source_is_its_mean_and_later_ones_move_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = prepared(dir.path()).1.corpus;
+    let config = PriorityConfig { staleness: 5, ..PriorityConfig::default() };
+    let mut sampler = sampler(&corpus, config.clone());
+    let [first, second] = [0, 1].map(|index| sampler.sources[index].first as u32);
+    let observe = |sampler: &mut PrioritySampler, step, row, loss| sampler.observe(step, [(Draw { row, weight: 1.0 }, loss)]);
+    observe(&mut sampler, 1, first, 4.0);
+    assert_eq!((sampler.sources[0].mean, sampler.sources[1].mean), (4.0, 3.0));
+    observe(&mut sampler, 2, first + 1, 6.0);
+    assert!((sampler.sources[0].mean - 4.1).abs() < 1e-12, "{}", sampler.sources[0].mean);
+    // Also when the losses have been forgotten since, and the run has been taken up again.
+    sampler.forget(100);
+    let (state, count) = (sampler.state().clone(), corpus.sources.len());
+    let mut resumed = PrioritySampler::resume(corpus.clone(), config, state, SHAPE, vec![0.0; count]).unwrap();
+    for sampler in [&mut sampler, &mut resumed] {
+        observe(sampler, 100, first, 2.5);
+        assert!((sampler.sources[0].mean - 4.02).abs() < 1e-12, "{}", sampler.sources[0].mean);
+        observe(sampler, 100, second, 0.5);
+        assert_eq!(sampler.sources[1].mean, 0.5);
+    }
+}
+
+#[test]
 fn a_resumed_stream_goes_on_with_the_same_draws() {
     let dir = tempfile::tempdir().unwrap();
     let corpus = prepared(dir.path()).1.corpus;
