@@ -28,7 +28,6 @@ sys.path.insert(1, str(ROOT / "benchmarks"))
 import processor
 
 
-
 def arguments():
     def some_of(known):
         def parse(text):

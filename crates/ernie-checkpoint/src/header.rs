@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
@@ -68,6 +68,26 @@ pub(crate) fn read(file: &Path, content: &[u8]) -> Result<Vec<HeaderEntry>> {
         entry.bytes = entry.bytes.start + data_begin..entry.bytes.end + data_begin;
     }
     Ok(entries)
+}
+
+/// What stands before the data of a safetensors file: the header's length, then the header, padded so that the data begin at a multiple of 8. `tensors` gives name,
+/// element type, shape and length in bytes of each, in the order of their data; `metadata` may be empty.
+pub fn safetensors_header<'a>(
+    metadata: &[(&str, &str)],
+    tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], usize)>,
+) -> Vec<u8> {
+    let (mut header, mut begin) = (Map::new(), 0);
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), metadata.iter().map(|&(key, value)| (key.to_owned(), Value::from(value))).collect());
+    }
+    for (name, dtype, shape, bytes) in tensors {
+        let end = begin + bytes;
+        header.insert(name.to_owned(), json!({"dtype": dtype.name(), "shape": shape, "data_offsets": [begin, end]}));
+        begin = end;
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    [&(header.len() as u64).to_le_bytes()[..], &header].concat()
 }
 
 #[derive(serde::Deserialize)]

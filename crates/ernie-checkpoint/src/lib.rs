@@ -36,6 +36,7 @@ pub use config::{
 };
 pub use conversation::{encode_conversation, end_of_turn_ids};
 pub use error::{Error, Result};
+pub use header::safetensors_header;
 pub use layout::Layout;
 pub use mapped::MappedFile;
 pub use numeric::quantise_row;

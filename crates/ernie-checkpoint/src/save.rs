@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::commit::{self, Staged};
 use crate::config::{Config, Quantization, write::compressed_tensors};
 use crate::error::{Error, Result};
+use crate::header::safetensors_header;
 use crate::layout::SCALE_SUFFIX;
 use crate::numeric;
 use crate::shards::{INDEX, SINGLE};
@@ -212,21 +213,11 @@ impl Writer<'_> {
         let mut shard = std::mem::take(&mut self.open);
         // Wide elements first keeps every tensor aligned to its elements; by name, files do not depend on call order.
         shard.tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
-        let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({"format": "pt"}));
-        let mut begin = 0;
-        for tensor in &shard.tensors {
-            let end = begin + tensor.bytes.len();
-            let entry = json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [begin, end]});
-            header.insert(tensor.name.clone(), entry);
-            begin = end;
-        }
-        let mut header = Value::Object(header).to_string().into_bytes();
-        header.resize(header.len().next_multiple_of(8), b' ');
+        let entries = shard.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype, &tensor.shape[..], tensor.bytes.len()));
+        let header = safetensors_header(&[("format", "pt")], entries);
 
         let mut file = self.staged.create(SINGLE)?;
         let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io(self.dir.join(SINGLE), "write"));
-        write(&(header.len() as u64).to_le_bytes())?;
         write(&header)?;
         shard.tensors.iter().try_for_each(|tensor| write(&tensor.bytes))?;
         self.staged.add(file, SINGLE.to_owned())?;

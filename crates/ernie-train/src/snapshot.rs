@@ -14,7 +14,7 @@ use crate::{
     data::packing::DataState,
     optimizer::{AdamW, Moments},
 };
-use ernie_checkpoint::{AtomicFile, Checkpoint, Config, SaveDtype, SaveOptions};
+use ernie_checkpoint::{AtomicFile, Checkpoint, Config, SaveDtype, SaveOptions, safetensors_header};
 use ernie_model::Ernie;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
@@ -240,20 +240,15 @@ fn entries(root: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
 fn write_moments(path: &Path, optimizer: &AdamW) -> Result<(), SnapshotError> {
     let first = optimizer.moments.iter().map(|(name, moments)| (format!("first.{name}"), &moments.first));
     let second = optimizer.moments.iter().map(|(name, moments)| (format!("second.{name}"), &moments.second));
-    let named: Vec<(String, &Vec<f32>)> = first.chain(second).collect();
-    let (mut header, mut begin) = (serde_json::Map::new(), 0);
-    for (name, values) in &named {
-        let end = begin + size_of_val(values.as_slice());
-        header.insert(name.clone(), serde_json::json!({"dtype": "F32", "shape": [values.len()], "data_offsets": [begin, end]}));
-        begin = end;
-    }
-    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
+    let named: Vec<(String, [usize; 1], &[f32])> = first.chain(second).map(|(name, values)| (name, [values.len()], &values[..])).collect();
+    let header = safetensors_header(
+        &[],
+        named.iter().map(|(name, shape, values)| (name.as_str(), ernie_checkpoint::Dtype::F32, &shape[..], size_of_val(*values))),
+    );
     let mut file = AtomicFile::create(path)?;
     let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(|source| io(path, source));
-    write(&(header.len() as u64).to_le_bytes())?;
     write(&header)?;
-    named.iter().try_for_each(|(_, values)| write(bytemuck::cast_slice(values)))?;
+    named.iter().try_for_each(|(.., values)| write(bytemuck::cast_slice(values)))?;
     Ok(file.commit()?)
 }
 
