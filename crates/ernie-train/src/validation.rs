@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ernie_checkpoint::Checkpoint;
+use ernie_kernels::scratch;
 use ernie_model::Ernie;
 use ernie_model::steering::NO_DOMAIN;
 
@@ -95,6 +96,8 @@ pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Valid
                 }
                 sum += ernie_model::ops::scalar(&model.cross_entropy(hidden.states_th, &batch.targets)) as f64 * targets as f64;
                 scored += targets;
+                // Nothing goes backward here to give the layers' buffers back: they are freed.
+                scratch::end_step();
             }
         }
         if scored > 0 {
