@@ -107,6 +107,7 @@ struct Outcomes<'a> {
 
 /// Runs the command.
 pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    memory::without_huge_pages();
     if arguments.sweep {
         return sweep(arguments);
     }

@@ -103,6 +103,12 @@ pub fn scale(x: &mut [f32], factor: f32) {
     x.par_chunks_mut(BLOCK).for_each(|x| crate::row::scale(x, factor));
 }
 
+/// x += y.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "a sum of two of the same shape");
+    x.par_chunks_mut(BLOCK).zip(y.par_chunks(BLOCK)).for_each(|(x, y)| crate::linear::add_rows(x, y));
+}
+
 /// The same by plain loops in f64.
 pub mod scalar {
     use super::Step;

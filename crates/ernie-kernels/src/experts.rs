@@ -127,7 +127,7 @@ impl Drop for Saved {
     }
 }
 
-/// `y[t, h]` (overwritten) from `x[t, h]`. `indices[t, k]` are each token's experts and `routing[t, k]` what their outputs are multiplied by; they
+/// Adds to the residual stream `y[t, h]` from `x[t, h]`. `indices[t, k]` are each token's experts and `routing[t, k]` what their outputs are multiplied by; they
 /// are summed in the order of k.
 pub fn forward(y: &mut [f32], x: &[f32], weights: &Weights<'_>, indices: &[u32], routing: &[f32], shape: Shape) -> Saved {
     let Shape { tokens, hidden: h, intermediate: i, .. } = shape;
@@ -152,7 +152,7 @@ pub fn forward(y: &mut [f32], x: &[f32], weights: &Weights<'_>, indices: &[u32],
         swiglu::forward_block(&mut activation, gate, up);
         expert.linear(output, &expert.left(&activation, rows), expert.down, expert.down_bias, rows);
     });
-    grouping.combine(y, &outputs, Some(routing), h);
+    grouping.combine(y, &outputs, Some(routing), h, Update::Add);
     Saved { shape, grouping, gate, up }
 }
 
@@ -207,7 +207,7 @@ pub fn backward(saved: &Saved, gradients: Gradients<'_>, x: &[f32], weights: &We
     for (&pair, &value) in grouping.pairs.iter().zip(drouting.iter()) {
         gradients.routing[pair as usize] = value;
     }
-    grouping.combine(gradients.x, &dx_rows, None, h);
+    grouping.combine(gradients.x, &dx_rows, None, h, Update::Set);
     let precision = weights.precision;
     grouping.weight_gradients([gradients.gate, gradients.up], [&dgate, &dup], i, &x_rows, h, precision);
     grouping.weight_gradients([gradients.down], [&dy_rows], h, &activation, i, precision);
@@ -345,11 +345,13 @@ impl Grouping {
         }
     }
 
-    /// `y[t, width]` = Σ_k weight·(the row at the place of the token's k-th pair); every weight is 1 if there are none.
-    fn combine(&self, y: &mut [f32], rows: &[f32], weights: Option<&[f32]>, width: usize) {
+    /// `y[t, width]` = or += Σ_k weight·(the row at the place of the token's k-th pair); every weight is 1 if there are none.
+    fn combine(&self, y: &mut [f32], rows: &[f32], weights: Option<&[f32]>, width: usize, update: Update) {
         y.par_chunks_mut(width * BLOCK_TOKENS).enumerate().for_each(|(task, y)| {
             for (token, y) in y.chunks_exact_mut(width).enumerate() {
-                y.fill(0.0);
+                if update == Update::Set {
+                    y.fill(0.0);
+                }
                 let first = (task * BLOCK_TOKENS + token) * self.top_k;
                 for pair in first..first + self.top_k {
                     let row = &rows[self.places[pair] as usize * width..][..width];

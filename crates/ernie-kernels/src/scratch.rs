@@ -97,6 +97,15 @@ pub fn end_step() {
     TENSORS.with_borrow_mut(|tensors| tensors.used_elements = 0);
 }
 
+/// Frees this thread's idle buffers: before something else than a step needs memory.
+pub fn free_idle() {
+    POOL.set(Vec::new());
+    TENSORS.with_borrow_mut(|tensors| {
+        tensors.idle = VecDeque::new();
+        tensors.idle_elements = 0;
+    });
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
@@ -148,6 +157,8 @@ mod tests {
                 end_step();
             }
             assert!(TENSORS.with_borrow(|tensors| tensors.most_used) <= 2 * 900);
+            free_idle();
+            assert!(TENSORS.with_borrow_mut(|tensors| tensors.take(500).is_none() && tensors.idle_elements == 0));
         })
         .join()
         .expect("the thread with a pool of its own");

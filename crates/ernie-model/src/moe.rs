@@ -89,14 +89,13 @@ impl Moe {
     /// `x + experts(norm(x))`, `[t, h]`, and how it was routed.
     pub fn forward_add(&self, x_th: Tensor<2>, norm: &RmsNorm, context: &LayerContext) -> (Tensor<2>, Routing) {
         let (precision, steering) = (context.precision, context.layer_steering.as_ref());
-        let z_th = norm.forward(x_th.clone());
-        let logits_te = self.gate.forward(z_th.clone());
+        let logits_te = norm.linears(x_th.clone(), [&self.gate], ops::Precision::F32);
         let probs_te = softmax(logits_te.clone());
         let (indices, weights_tk) = self.select(&probs_te, steering);
         let experts = &self.experts;
         let context = ExpertsContext { indices: indices.clone(), top_k: self.top_k, precision };
         let stacks = [experts.gate_proj.val(), experts.up_proj.val(), experts.down_proj.val()];
-        let mut y_th = x_th.clone() + ops::routed_experts(z_th, stacks, weights_tk.clone(), &context);
+        let mut y_th = ops::norm_experts_add(x_th.clone(), norm.weight.val(), norm.eps, stacks, weights_tk.clone(), &context);
         if let Some(shared) = &self.shared_experts {
             y_th = shared.forward_add(y_th, x_th, norm, precision);
         }

@@ -8,7 +8,7 @@ pub struct RmsNorm {
     /// `[h]`.
     pub weight: Param<Tensor<1>>,
     #[module(skip)]
-    eps: f64,
+    pub(crate) eps: f64,
 }
 
 impl RmsNorm {

@@ -140,7 +140,7 @@ impl Ernie {
 
     /// Gradients of a loss made by this network, by internal name; parameters that the loss does not reach are absent.
     pub fn backward(&self, loss: Tensor<1>) -> NamedParameters {
-        self.collect_gradients(loss.backward())
+        self.collect_gradients(ops::backward(loss))
     }
 
     /// The parameters' gradients out of those of a tape.

@@ -50,8 +50,7 @@ impl Ernie {
         for ((index, layer), x_th) in self.model.layers.iter().enumerate().zip(inputs).rev() {
             let x_th = leaf(x_th);
             let (y_th, Choices { routing, gating }) = layer.forward(x_th.clone(), &context.of_layer(index, self.config().window(index)));
-            // A number whose gradient with respect to y is dy.
-            let mut loss = (y_th * Tensor::from_inner(dx_th)).sum();
+            let mut loss = ops::with_gradient(y_th, Tensor::from_inner(dx_th));
             if let Some(routing) = routing {
                 let terms: [(f64, Term); 3] = [
                     (weights.balance, |routing| Some(routing.balance_loss())),
@@ -70,13 +69,13 @@ impl Ernie {
         }
         let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &batch.ids);
         // A weight may be met more than once: the embedding here, by the head where they are tied, and by multi-token prediction.
-        accumulate(&mut gradients, self.backward((embedding_th * Tensor::from_inner(dx_th)).sum()));
+        accumulate(&mut gradients, self.backward(ops::with_gradient(embedding_th, Tensor::from_inner(dx_th))));
         (losses, gradients)
     }
 
     /// Adds the parameters' gradients to `gradients` and returns that of `x_th`.
     fn backward_to(&self, x_th: Tensor<2>, loss: Tensor<1>, gradients: &mut NamedParameters) -> Tensor<2> {
-        let mut tape = loss.backward();
+        let mut tape = ops::backward(loss);
         let dx_th = x_th.grad_remove(&mut tape).expect("the loss is made from x");
         accumulate(gradients, self.collect_gradients(tape));
         dx_th

@@ -311,14 +311,16 @@ impl Ernie {
         let context =
             |batch: &PackedBatch| LossContext { weights: batch.weights.clone(), ..LossContext::new(&batch.targets, self.precision) };
         let main = context(batch);
-        let mut total = self.cross_entropy_of(states_th.clone(), &main);
+        let mtp_block = self.model.mtp.as_ref().filter(|_| weights.mtp != 0.0);
+        let for_mtp = mtp_block.map(|block| (block, states_th.clone()));
+        let mut total = self.cross_entropy_of(states_th, &main);
         let token_losses = main.token_losses.get().cloned().unwrap_or_default();
         let cross_entropy = match &batch.weights {
             None => ops::scalar(&total),
             Some(_) => (token_losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / batch.scored().max(1) as f64) as f32,
         };
         let mut mtp = None;
-        if let Some(block) = self.model.mtp.as_ref().filter(|_| weights.mtp != 0.0) {
+        if let Some((block, states_th)) = for_mtp {
             let next = batch.shifted();
             let embedding_th = ops::embedding(self.model.embed_tokens.weight.val(), &next.ids);
             let states_th = self.model.norm.forward(block.forward(embedding_th, states_th, &self.layer_context(batch)));

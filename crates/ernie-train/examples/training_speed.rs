@@ -101,6 +101,7 @@ impl Options {
 }
 
 fn run(options: &Options) -> Result<serde_json::Value, String> {
+    memory::without_huge_pages();
     // 0 threads: rayon's default, all of the machine's.
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().map_err(|error| format!("--threads: {error}"))?;
     let mut batches = Batches::open(options)?;

@@ -29,6 +29,7 @@ use crate::{
     validation::{Validated, reached, validate},
 };
 use ernie_checkpoint::{Config, SaveDtype, SaveOptions};
+use ernie_kernels::scratch;
 use ernie_model::{
     Ernie, LossWeights, Losses, NamedParameters, PackedBatch,
     parameters::{self, Parameter},
@@ -373,7 +374,10 @@ impl<'a> Trainer<'a> {
     fn validate(&mut self) -> Validated {
         let start = Instant::now();
         let expert_losses = self.curriculum.as_ref().map(Curriculum::losses).unwrap_or_default();
+        // What a step leaves idle would count beside what validation and checkpoints need, whose sizes are others.
+        scratch::free_idle();
         let validated = validate(self.model(), &self.prepared.corpus, self.recipe);
+        scratch::free_idle();
         self.clocks.add(Part::Validation, start);
         Validated { expert_losses, ..validated }
     }
@@ -382,6 +386,7 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let directory = snapshot::Directory { root: &checkpoints(self.recipe), tokenizer: &self.prepared.tokenizer_dir };
         let model = self.model.as_ref().expect("the model is only away inside `step`");
+        scratch::free_idle();
         let written = snapshot::write(&directory, &self.config, model, &self.optimizer, &self.position, self.recipe.run.keep_last)?;
         self.clocks.add(Part::Checkpoints, start);
         Ok(written)

@@ -68,10 +68,10 @@ impl Case {
         }
     }
 
-    /// y, dx, drouting, dgate, dup, ddown and, where there are biases, theirs.
+    /// y on a residual of dy; dx, drouting, dgate, dup, ddown and, where there are biases, theirs.
     fn run(&self) -> Vec<Vec<f32>> {
         let unset = |x: &Vec<f32>| vec![f32::NAN; x.len()];
-        let (mut y, mut dx, mut drouting) = (unset(&self.x), unset(&self.x), unset(&self.routing));
+        let (mut y, mut dx, mut drouting) = (self.dy.clone(), unset(&self.x), unset(&self.routing));
         let (mut dgate, mut dup, mut ddown) = (unset(&self.gate), unset(&self.up), unset(&self.down));
         let mut dbiases: Vec<Vec<f32>> = self.biases.iter().flatten().map(unset).collect();
         let saved = forward(&mut y, &self.x, &self.weights(), &self.indices, &self.routing, self.shape);
@@ -103,7 +103,8 @@ fn equals_the_plain_loops() {
     for (shape, with_biases) in shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)]) {
         let case = Case::new(shape, with_biases);
         let (weights, x, routing) = (case.scalar_weights(), wide(&case.x), wide(&case.routing));
-        let y = scalar::forward(&x, &weights, &case.indices, &routing, shape);
+        let y =
+            scalar::forward(&x, &weights, &case.indices, &routing, shape).iter().zip(&case.dy).map(|(y, r)| y + f64::from(*r)).collect();
         let d = scalar::backward(&x, &weights, &case.indices, &routing, &wide(&case.dy), shape);
         let w = d.weights;
         let expected = [y, d.x, d.routing, w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias];

@@ -10,7 +10,7 @@ use burn::{
     backend::{Flex, tensor::FloatTensor},
     tensor::{Shape, TensorData},
 };
-use ernie_kernels::{self as kernels, arch::gemm::Update};
+use ernie_kernels::{self as kernels, arch::gemm::Update, scratch::Scratch};
 
 type X = FloatTensor<Flex>;
 
@@ -70,6 +70,19 @@ fn recycle(x: X) {
     }
 }
 
+/// The result of an operator that takes its inputs for itself, whose buffers are free then.
+fn used_up<const N: usize>(inputs: [X; N], operator: impl FnOnce(&[X; N]) -> X) -> X {
+    let y = operator(&inputs);
+    inputs.into_iter().for_each(recycle);
+    y
+}
+
+/// The tensor with its values in order in a buffer that nothing else holds.
+fn sole(x: X) -> X {
+    let own = x.is_unique() && x.as_slice::<f32>().is_some_and(|values| values.len() == x.storage::<f32>().len());
+    if own { x } else { filled(&x, |copy| copy.copy_from_slice(slice(&ordered(&x)))) }
+}
+
 /// A tensor of the shape of `like`, filled by `fill`.
 fn filled(like: &X, fill: impl FnOnce(&mut [f32])) -> X {
     let mut values = buffer(len(like));
@@ -77,52 +90,69 @@ fn filled(like: &X, fill: impl FnOnce(&mut [f32])) -> X {
     tensor(values, shape(like))
 }
 
+/// The normed rows, for as long as one operator needs them: computing them twice is cheaper than keeping them.
+fn normed(x: &[f32], norm: &[f32], eps: f64) -> Scratch {
+    let mut z = Scratch::take(x.len());
+    kernels::rms_norm::forward(&mut z, x, norm, eps as f32);
+    z
+}
+
 fn experts_shape(x: &X, gate: &X, context: &ExpertsContext) -> kernels::experts::Shape {
     let ([tokens, hidden], [experts, intermediate, _]) = (dims(x), dims(gate));
     kernels::experts::Shape { tokens, hidden, intermediate, experts, top_k: context.top_k }
 }
 
-/// What a norm with two or three layers behind it is, by the number of its inputs: x, norm, and the layers' weights.
+/// What a norm with one, two or three layers behind it is, by the number of its inputs: x, norm, and the layers' weights.
 fn norm_linear<const N: usize>() -> Operator {
-    if N == 5 { Operator::Qkv } else { Operator::GateUp }
+    match N {
+        3 => Operator::Linear,
+        4 => Operator::GateUp,
+        _ => Operator::Qkv,
+    }
 }
 
 impl Fused for Flex {
     fn fused_linear(x: X, w: X) -> X {
-        <Self as FusedKernels>::linear_kernel(&x, &w)
+        used_up([x, w], |[x, w]| <Self as FusedKernels>::linear_kernel(x, w))
     }
     fn fused_rms_norm(x: X, w: X, eps: f64) -> X {
-        <Self as FusedKernels>::rms_norm_kernel(&x, &w, eps)
+        used_up([x, w], |[x, w]| <Self as FusedKernels>::rms_norm_kernel(x, w, eps))
+    }
+    fn fused_norm_linear1(x: X, norm: X, only: X, eps: f64, precision: Precision) -> X {
+        used_up([x, norm, only], |inputs| <Self as FusedKernels>::norm_linear_kernel(inputs, eps, precision))
     }
     fn fused_norm_linear2(x: X, norm: X, first: X, second: X, eps: f64, precision: Precision) -> X {
-        <Self as FusedKernels>::norm_linear_kernel(&[x, norm, first, second], eps, precision)
+        used_up([x, norm, first, second], |inputs| <Self as FusedKernels>::norm_linear_kernel(inputs, eps, precision))
     }
     fn fused_norm_linear3(x: X, norm: X, first: X, second: X, third: X, eps: f64, precision: Precision) -> X {
-        <Self as FusedKernels>::norm_linear_kernel(&[x, norm, first, second, third], eps, precision)
+        used_up([x, norm, first, second, third], |inputs| <Self as FusedKernels>::norm_linear_kernel(inputs, eps, precision))
     }
     fn fused_linear_add(residual: X, x: X, w: X, precision: Precision) -> X {
-        <Self as FusedKernels>::linear_add_kernel([&residual, &x, &w], precision)
+        used_up([x, w], |[x, w]| <Self as FusedKernels>::linear_add_kernel(residual, [x, w], precision))
     }
     fn fused_swiglu_linear_add(residual: X, gate_up: X, w: X, precision: Precision) -> X {
-        <Self as FusedKernels>::swiglu_linear_add_kernel([&residual, &gate_up, &w], precision)
+        used_up([gate_up, w], |[gate_up, w]| <Self as FusedKernels>::swiglu_linear_add_kernel(residual, [gate_up, w], precision))
     }
     fn fused_rope_attention(qkv: X, context: AttentionContext) -> X {
-        <Self as FusedKernels>::rope_attention_kernel(&qkv, &context).0
+        used_up([qkv], |[qkv]| <Self as FusedKernels>::rope_attention_kernel(qkv, &context).0)
     }
     fn fused_paragraph_attention(qkv: X, pool: X, context: AttentionContext) -> X {
-        <Self as FusedKernels>::paragraph_attention_kernel(&qkv, &pool, &context).0
+        used_up([qkv, pool], |[qkv, pool]| <Self as FusedKernels>::paragraph_attention_kernel(qkv, pool, &context).0)
     }
     fn fused_semantic_density(x: X, decay: X, cu_seqlens: Arc<[u32]>) -> X {
-        <Self as FusedKernels>::semantic_density_kernel(&x, &decay, &cu_seqlens)
+        used_up([x, decay], |[x, decay]| <Self as FusedKernels>::semantic_density_kernel(x, decay, &cu_seqlens))
     }
     fn fused_gate_heads(heads: X, logits: X, threshold: f64) -> X {
-        <Self as FusedKernels>::gate_heads_kernel(&heads, &logits, threshold)
+        used_up([heads, logits], |[heads, logits]| <Self as FusedKernels>::gate_heads_kernel(heads, logits, threshold))
     }
-    fn fused_routed_experts(x: X, gate: X, up: X, down: X, weights: X, context: ExpertsContext) -> X {
-        <Self as FusedKernels>::routed_experts_kernel(&[x, gate, up, down, weights], &context).0
+    fn fused_norm_experts_add(x: X, norm: X, gate: X, up: X, down: X, weights: X, eps: f64, context: ExpertsContext) -> X {
+        used_up([x, norm, gate, up, down, weights], |inputs| <Self as FusedKernels>::norm_experts_add_kernel(inputs, eps, &context).0)
     }
     fn fused_head_cross_entropy(states: X, w: X, context: LossContext) -> X {
-        <Self as FusedKernels>::head_cross_entropy_kernel(&states, &w, &context)
+        used_up([states, w], |[states, w]| <Self as FusedKernels>::head_cross_entropy_kernel(states, w, &context))
+    }
+    fn fused_with_gradient(y: X, dy: X) -> X {
+        used_up([dy], |_| <Self as FusedKernels>::nothing_of(y))
     }
     fn fused_embedding(w: X, ids: Arc<[u32]>) -> X {
         <Self as FusedKernels>::embedding_kernel(&w, &ids)
@@ -196,15 +226,13 @@ impl FusedKernels for Flex {
         gradients.map(|gradient| tensor(gradient, shapes.next().expect("a shape for each")))
     }
 
-    fn linear_add_kernel([residual, x, w]: [&X; 3], precision: Precision) -> X {
+    fn linear_add_kernel(residual: X, [x, w]: [&X; 2], precision: Precision) -> X {
         let _clock = profile::forward(Operator::Output);
-        let (residual, x, w) = (ordered(residual), ordered(x), ordered(w));
+        let (mut y, x, w) = (sole(residual), ordered(x), ordered(w));
         let [_, k] = dims(&x);
-        filled(&residual, |y| {
-            y.copy_from_slice(slice(&residual));
-            let layers = kernels::linear::Layers { weights: &[slice(&w)], k };
-            kernels::linear::Forward::new(layers, precision).run(y, slice(&x), Update::Add);
-        })
+        let layers = kernels::linear::Layers { weights: &[slice(&w)], k };
+        kernels::linear::Forward::new(layers, precision).run(y.storage_mut(), slice(&x), Update::Add);
+        y
     }
 
     fn linear_add_gradient([x, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
@@ -219,18 +247,16 @@ impl FusedKernels for Flex {
         [dx, tensor(dw, shape(&w))]
     }
 
-    fn swiglu_linear_add_kernel([residual, gate_up, w]: [&X; 3], precision: Precision) -> X {
+    fn swiglu_linear_add_kernel(residual: X, [gate_up, w]: [&X; 2], precision: Precision) -> X {
         let _clock = profile::forward(Operator::Down);
-        let (residual, gate_up, w) = (ordered(residual), ordered(gate_up), ordered(w));
-        filled(&residual, |y| swiglu_linear(&w, precision).forward(y, slice(&residual), slice(&gate_up)))
+        let (mut y, gate_up, w) = (sole(residual), ordered(gate_up), ordered(w));
+        swiglu_linear(&w, precision).forward(y.storage_mut(), slice(&gate_up));
+        y
     }
 
     fn swiglu_linear_add_gradient([gate_up, w]: [X; 2], precision: Precision, dy: &X) -> [X; 2] {
         let _clock = profile::backward(Operator::Down);
-        let (dy, mut gate_up, w) = (ordered(dy), in_order(gate_up), ordered(&w));
-        if !gate_up.is_unique() {
-            gate_up = filled(&gate_up, |copy| copy.copy_from_slice(slice(&gate_up)));
-        }
+        let (dy, mut gate_up, w) = (ordered(dy), sole(gate_up), ordered(&w));
         let mut dw = buffer(len(&w));
         swiglu_linear(&w, precision).backward(gate_up.storage_mut::<f32>(), &mut dw, slice(&dy));
         [gate_up, tensor(dw, shape(&w))]
@@ -317,25 +343,35 @@ impl FusedKernels for Flex {
         [dheads, tensor(dlogits, shape(&logits))]
     }
 
-    fn routed_experts_kernel(inputs: &[X; 5], context: &ExpertsContext) -> (X, Arc<kernels::experts::Saved>) {
+    fn norm_experts_add_kernel(inputs: &[X; 6], eps: f64, context: &ExpertsContext) -> (X, Arc<kernels::experts::Saved>) {
         let _clock = profile::forward(Operator::Experts);
-        let [x, gate, up, down, weights] = inputs.each_ref().map(ordered);
+        let [x, norm, gate, up, down, weights] = inputs.each_ref().map(ordered);
         let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down), context.precision);
-        let mut y = buffer(len(&x));
-        let shape_ = experts_shape(&x, &gate, context);
-        let saved = kernels::experts::forward(&mut y, slice(&x), &stacks, &context.indices, slice(&weights), shape_);
-        (tensor(y, shape(&x)), Arc::new(saved))
+        let z = normed(slice(&x), slice(&norm), eps);
+        let mut saved = None;
+        let y = filled(&x, |y| {
+            y.copy_from_slice(slice(&x));
+            let shape = experts_shape(&x, &gate, context);
+            saved = Some(kernels::experts::forward(y, &z, &stacks, &context.indices, slice(&weights), shape));
+        });
+        (y, Arc::new(saved.expect("filled once")))
     }
 
-    fn routed_experts_gradient(inputs: [X; 5], saved: &kernels::experts::Saved, precision: Precision, dy: X) -> [X; 5] {
+    fn norm_experts_add_gradient(inputs: [X; 6], saved: &kernels::experts::Saved, eps: f64, precision: Precision, dy: X) -> [X; 6] {
         let _clock = profile::backward(Operator::Experts);
         let (inputs, dy) = (inputs.map(in_order), in_order(dy));
         let mut gradients = inputs.each_ref().map(|input| buffer(len(input)));
-        let [x, gate, up, down, weights] = inputs.each_ref().map(slice);
-        let stacks = kernels::experts::Weights::new(gate, up, down, precision);
-        let [dx, dgate, dup, ddown, dweights] = &mut gradients;
-        let into = kernels::experts::Gradients::new(dx, dgate, dup, ddown, dweights);
-        kernels::experts::backward(saved, into, x, &stacks, weights, slice(&dy));
+        {
+            let [x, norm, gate, up, down, weights] = inputs.each_ref().map(slice);
+            let [dx, dnorm, dgate, dup, ddown, dweights] = &mut gradients;
+            let stacks = kernels::experts::Weights::new(gate, up, down, precision);
+            let z = normed(x, norm, eps);
+            let mut dz = Scratch::take(z.len());
+            let into = kernels::experts::Gradients::new(&mut dz, dgate, dup, ddown, dweights);
+            kernels::experts::backward(saved, into, &z, &stacks, weights, slice(&dy));
+            kernels::rms_norm::backward(dx, dnorm, x, norm, &dz, eps as f32);
+            kernels::adamw::add(dx, slice(&dy));
+        }
         let mut shapes = inputs.each_ref().map(shape).into_iter();
         inputs.into_iter().chain([dy]).for_each(recycle);
         gradients.map(|gradient| tensor(gradient, shapes.next().expect("a shape for each")))
@@ -348,9 +384,9 @@ impl FusedKernels for Flex {
         tensor(vec![context.finish(losses)], [1])
     }
 
-    fn head_cross_entropy_with_gradient(states: &X, w: &X, context: &LossContext) -> (X, [X; 2]) {
+    fn head_cross_entropy_with_gradient(states: X, w: &X, context: &LossContext) -> (X, [X; 2]) {
         let _clock = profile::forward(Operator::Head);
-        let (states, w) = (ordered(states), ordered(w));
+        let (states, w) = (in_order(states), ordered(w));
         let (mut dstates, mut dw) = (buffer(len(&states)), buffer(len(&w)));
         let (targets, precision) = (&context.targets, context.precision);
         let losses = kernels::cross_entropy::weighted_loss_and_grad(
@@ -362,7 +398,22 @@ impl FusedKernels for Flex {
             &context.shares(),
             precision,
         );
-        (tensor(vec![context.finish(losses)], [1]), [tensor(dstates, shape(&states)), tensor(dw, shape(&w))])
+        let gradients = [tensor(dstates, shape(&states)), tensor(dw, shape(&w))];
+        recycle(states);
+        (tensor(vec![context.finish(losses)], [1]), gradients)
+    }
+
+    fn nothing_of(y: X) -> X {
+        recycle(y);
+        tensor(vec![0.0], [1])
+    }
+
+    fn sum_kernel(x: X, y: X) -> X {
+        let (x, y) = if x.is_unique() { (x, y) } else { (y, x) };
+        let (mut sum, y) = (sole(x), in_order(y));
+        kernels::adamw::add(sum.storage_mut(), slice(&y));
+        recycle(y);
+        sum
     }
 
     fn scaled_kernel(mut x: X, s: &X) -> X {

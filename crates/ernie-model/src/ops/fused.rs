@@ -9,6 +9,13 @@ use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
 pub(super) trait Fused: Backend {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+    fn fused_norm_linear1(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        only: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
     fn fused_norm_linear2(
         x: FloatTensor<Self>,
         norm: FloatTensor<Self>,
@@ -38,15 +45,19 @@ pub(super) trait Fused: Backend {
     fn fused_paragraph_attention(qkv: FloatTensor<Self>, pool: FloatTensor<Self>, context: AttentionContext) -> FloatTensor<Self>;
     fn fused_semantic_density(x: FloatTensor<Self>, decay: FloatTensor<Self>, cu_seqlens: Arc<[u32]>) -> FloatTensor<Self>;
     fn fused_gate_heads(heads: FloatTensor<Self>, logits: FloatTensor<Self>, threshold: f64) -> FloatTensor<Self>;
-    fn fused_routed_experts(
+    #[allow(clippy::too_many_arguments)] // The dispatcher takes no arrays of tensors.
+    fn fused_norm_experts_add(
         x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
         weights: FloatTensor<Self>,
+        eps: f64,
         context: ExpertsContext,
     ) -> FloatTensor<Self>;
     fn fused_head_cross_entropy(states: FloatTensor<Self>, w: FloatTensor<Self>, context: LossContext) -> FloatTensor<Self>;
+    fn fused_with_gradient(y: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_embedding(w: FloatTensor<Self>, ids: Arc<[u32]>) -> FloatTensor<Self>;
 }
 
@@ -66,12 +77,13 @@ pub(super) trait FusedKernels: Backend {
         precision: Precision,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; N];
-    /// Inputs residual, x, w.
-    fn linear_add_kernel(inputs: [&FloatTensor<Self>; 3], precision: Precision) -> FloatTensor<Self>;
+    /// Adds to the residual, in place where it is not shared.
+    fn linear_add_kernel(residual: FloatTensor<Self>, xw: [&FloatTensor<Self>; 2], precision: Precision) -> FloatTensor<Self>;
     /// Of x and w; that of the residual is dy.
     fn linear_add_gradient(xw: [FloatTensor<Self>; 2], precision: Precision, dy: &FloatTensor<Self>) -> [FloatTensor<Self>; 2];
-    /// Inputs residual, gate and up, w.
-    fn swiglu_linear_add_kernel(inputs: [&FloatTensor<Self>; 3], precision: Precision) -> FloatTensor<Self>;
+    /// Adds to the residual, in place where it is not shared.
+    fn swiglu_linear_add_kernel(residual: FloatTensor<Self>, gate_up_w: [&FloatTensor<Self>; 2], precision: Precision)
+    -> FloatTensor<Self>;
     /// Of gate and up, and of w; that of the residual is dy.
     fn swiglu_linear_add_gradient(
         gate_up_w: [FloatTensor<Self>; 2],
@@ -108,24 +120,30 @@ pub(super) trait FusedKernels: Backend {
     ) -> [FloatTensor<Self>; 2];
     fn gate_heads_kernel(heads: &FloatTensor<Self>, logits: &FloatTensor<Self>, threshold: f64) -> FloatTensor<Self>;
     fn gate_heads_gradient(inputs: [FloatTensor<Self>; 2], threshold: f64, dy: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
-    /// Inputs x, gate, up, down, weights.
-    fn routed_experts_kernel(
-        inputs: &[FloatTensor<Self>; 5],
+    /// Inputs x, norm, gate, up, down, weights.
+    fn norm_experts_add_kernel(
+        inputs: &[FloatTensor<Self>; 6],
+        eps: f64,
         context: &ExpertsContext,
     ) -> (FloatTensor<Self>, Arc<ernie_kernels::experts::Saved>);
-    fn routed_experts_gradient(
-        inputs: [FloatTensor<Self>; 5],
+    fn norm_experts_add_gradient(
+        inputs: [FloatTensor<Self>; 6],
         saved: &ernie_kernels::experts::Saved,
+        eps: f64,
         precision: Precision,
         dy: FloatTensor<Self>,
-    ) -> [FloatTensor<Self>; 5];
+    ) -> [FloatTensor<Self>; 6];
     fn head_cross_entropy_kernel(states: &FloatTensor<Self>, w: &FloatTensor<Self>, context: &LossContext) -> FloatTensor<Self>;
     /// The loss and its gradients with respect to states and weights, made in one pass.
     fn head_cross_entropy_with_gradient(
-        states: &FloatTensor<Self>,
+        states: FloatTensor<Self>,
         w: &FloatTensor<Self>,
         context: &LossContext,
     ) -> (FloatTensor<Self>, [FloatTensor<Self>; 2]);
+    /// Takes y for itself; a one-element 0.
+    fn nothing_of(y: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// `x + y` of one shape, in place of one that is not shared.
+    fn sum_kernel(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
     /// `x · s` for a one-element s, in place where the tensor is not shared.
     fn scaled_kernel(x: FloatTensor<Self>, s: &FloatTensor<Self>) -> FloatTensor<Self>;
     /// Rows and columns.

@@ -10,7 +10,7 @@ use crate::{
     batch::IGNORE,
     steering::{LayerSteering, Steering},
 };
-use burn::{backend::Dispatch, prelude::*};
+use burn::{backend::Dispatch, prelude::*, tensor::Gradients};
 pub use ernie_kernels::matmul::Precision;
 use ernie_kernels::{attention::Shape, rope::RopeTable};
 
@@ -128,7 +128,7 @@ pub fn rms_norm(x_th: Tensor<2>, w_h: Tensor<1>, eps: f64) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::fused_rms_norm(x_th.into_dispatch(), w_h.into_dispatch(), eps))
 }
 
-/// `rms_norm(x)·[w₁; w₂; …]ᵀ` for two or three layers side by side: `[t, Σo]`.
+/// `rms_norm(x)·[w₁; w₂; …]ᵀ` for one to three layers side by side: `[t, Σo]`.
 pub fn norm_linear<const N: usize>(
     x_th: Tensor<2>,
     norm_h: Tensor<1>,
@@ -142,13 +142,11 @@ pub fn norm_linear<const N: usize>(
     let (x, norm) = (x_th.into_dispatch(), norm_h.into_dispatch());
     let mut layers = layers.into_iter().map(Tensor::into_dispatch);
     let mut next = || layers.next().expect("as many as were counted");
-    let (first, second) = match N {
-        2 | 3 => (next(), next()),
-        _ => panic!("{N} layers behind one norm; two and three are there"),
-    };
     Tensor::from_dispatch(match N {
-        2 => Dispatch::fused_norm_linear2(x, norm, first, second, eps, precision),
-        _ => Dispatch::fused_norm_linear3(x, norm, first, second, next(), eps, precision),
+        1 => Dispatch::fused_norm_linear1(x, norm, next(), eps, precision),
+        2 => Dispatch::fused_norm_linear2(x, norm, next(), next(), eps, precision),
+        3 => Dispatch::fused_norm_linear3(x, norm, next(), next(), next(), eps, precision),
+        _ => panic!("{N} layers behind one norm; one to three are there"),
     })
 }
 
@@ -202,14 +200,21 @@ pub fn gate_heads(heads: Tensor<2>, logits_tn: Tensor<2>, threshold: f64) -> Ten
     Tensor::from_dispatch(Dispatch::fused_gate_heads(heads.into_dispatch(), logits_tn.into_dispatch(), threshold))
 }
 
-/// `y_t = Σ_k weights_tk · down(silu(gate x) ⊙ up x)` over the experts chosen for each token; stacks are `[gate, up, down]`.
-pub fn routed_experts(x_th: Tensor<2>, stacks: [Tensor<3>; 3], weights_tk: Tensor<2>, context: &ExpertsContext) -> Tensor<2> {
+/// `x_t + Σ_k weights_tk · down(silu(gate z_t) ⊙ up z_t)` over the experts chosen for each token, `z = rms_norm(x)`; stacks are `[gate, up, down]`.
+pub fn norm_experts_add(
+    x_th: Tensor<2>,
+    norm_h: Tensor<1>,
+    eps: f64,
+    stacks: [Tensor<3>; 3],
+    weights_tk: Tensor<2>,
+    context: &ExpertsContext,
+) -> Tensor<2> {
     if !runs_kernels(&x_th.device()) {
-        return plain::routed_experts(x_th, stacks, weights_tk, context);
+        return plain::norm_experts_add(x_th, norm_h, eps, stacks, weights_tk, context);
     }
     let [gate, up, down] = stacks.map(Tensor::into_dispatch);
-    let y = Dispatch::fused_routed_experts(x_th.into_dispatch(), gate, up, down, weights_tk.into_dispatch(), context.clone());
-    Tensor::from_dispatch(y)
+    let (x, norm, weights) = (x_th.into_dispatch(), norm_h.into_dispatch(), weights_tk.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_norm_experts_add(x, norm, gate, up, down, weights, eps, context.clone()))
 }
 
 /// Mean cross-entropy `[1]` of `softmax(states · wᵀ)` against the context's targets; no logits are kept.
@@ -220,12 +225,25 @@ pub fn head_cross_entropy(states_th: Tensor<2>, w_vh: Tensor<2>, context: &LossC
     Tensor::from_dispatch(Dispatch::fused_head_cross_entropy(states_th.into_dispatch(), w_vh.into_dispatch(), context.clone()))
 }
 
+/// A number whose gradient with respect to y is dy, to go on with a backward pass from there; the number itself means nothing.
+pub fn with_gradient(y_th: Tensor<2>, dy_th: Tensor<2>) -> Tensor<1> {
+    if !runs_kernels(&y_th.device()) {
+        return plain::with_gradient(y_th, dy_th);
+    }
+    Tensor::from_dispatch(Dispatch::fused_with_gradient(y_th.into_dispatch(), dy_th.into_dispatch()))
+}
+
 /// Rows `ids` of `w_vh`: `[t, h]`.
 pub fn embedding(w_vh: Tensor<2>, ids: &Arc<[u32]>) -> Tensor<2> {
     if !runs_kernels(&w_vh.device()) {
         return plain::embedding(w_vh, ids);
     }
     Tensor::from_dispatch(Dispatch::fused_embedding(w_vh.into_dispatch(), ids.clone()))
+}
+
+/// `loss.backward()`; where gradients meet they are added in buffers that are used again.
+pub fn backward(loss: Tensor<1>) -> Gradients {
+    tape::arrivals::watch(|| loss.backward())
 }
 
 /// The values of a tensor on the host, off the tape.

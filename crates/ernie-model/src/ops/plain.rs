@@ -165,12 +165,19 @@ fn repeat_heads(x_nld: Tensor<3>, times: usize) -> Tensor<3> {
     x_nld.unsqueeze_dim::<4>(1).repeat_dim(1, times).reshape([n * times, length, d])
 }
 
-/// Every expert on every token, weighted by what routing gave it: exact, and wasteful.
-pub fn routed_experts(x_th: Tensor<2>, [gate, up, down]: [Tensor<3>; 3], weights_tk: Tensor<2>, context: &ExpertsContext) -> Tensor<2> {
+/// x and every expert on every token's normed x, weighted by what routing gave it: exact, and wasteful.
+pub fn norm_experts_add(
+    x_th: Tensor<2>,
+    norm_h: Tensor<1>,
+    eps: f64,
+    [gate, up, down]: [Tensor<3>; 3],
+    weights_tk: Tensor<2>,
+    context: &ExpertsContext,
+) -> Tensor<2> {
     let [experts, intermediate, hidden] = gate.dims();
     let [tokens, _] = x_th.dims();
     let device = x_th.device();
-    let mut y_th = Tensor::zeros([tokens, hidden], &device);
+    let (mut y_th, z_th) = (x_th.clone(), rms_norm(x_th, norm_h, eps));
     for expert in 0..experts {
         let chosen = context.indices.iter().map(|&index| f32::from(index as usize == expert)).collect::<Vec<_>>();
         let chosen_tk = Tensor::<2>::from_data(TensorData::new(chosen, [tokens, context.top_k]), &device);
@@ -178,7 +185,7 @@ pub fn routed_experts(x_th: Tensor<2>, [gate, up, down]: [Tensor<3>; 3], weights
         let matrix =
             |stack: &Tensor<3>, rows: usize, columns: usize| -> Tensor<2> { stack.clone().narrow(0, expert, 1).reshape([rows, columns]) };
         let inner =
-            swiglu(linear(x_th.clone(), matrix(&gate, intermediate, hidden)), linear(x_th.clone(), matrix(&up, intermediate, hidden)));
+            swiglu(linear(z_th.clone(), matrix(&gate, intermediate, hidden)), linear(z_th.clone(), matrix(&up, intermediate, hidden)));
         y_th = y_th + linear(inner, matrix(&down, hidden, intermediate)) * weight_t1;
     }
     y_th
@@ -200,6 +207,11 @@ pub fn cross_entropy(logits_tv: Tensor<2>, context: &LossContext) -> Tensor<1> {
         Some(weights) => losses_t1 * Tensor::from_data(TensorData::new(weights.to_vec(), [targets.len(), 1]), &device),
     };
     weighted_t1.sum() / scored as f64
+}
+
+/// A number whose gradient with respect to y is dy.
+pub fn with_gradient(y_th: Tensor<2>, dy_th: Tensor<2>) -> Tensor<1> {
+    (y_th * dy_th).sum()
 }
 
 /// Rows `ids` of `w_vh`.

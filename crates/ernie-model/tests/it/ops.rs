@@ -106,6 +106,8 @@ fn layers_behind_a_norm_and_before_a_residual() {
     let layers = || [a.clone(), b.clone(), c.clone()];
     let fused = ops::norm_linear(x.clone(), norm_h(), 1e-5, layers(), Precision::F32);
     agree("three layers", fused, plain::norm_linear(x.clone(), norm_h(), 1e-5, layers()), &[&x, &norm, &a, &b, &c], &[]);
+    let fused = ops::norm_linear(x.clone(), norm_h(), 1e-5, [b.clone()], Precision::F32);
+    agree("one layer", fused, plain::norm_linear(x.clone(), norm_h(), 1e-5, [b.clone()]), &[&x, &norm, &b], &[]);
     let layers = || [a.clone(), b.clone()];
     let fused = ops::norm_linear(x.clone(), norm_h(), 1e-5, layers(), Precision::F32);
     agree("two layers", fused, plain::norm_linear(x.clone(), norm_h(), 1e-5, layers()), &[&x, &norm, &a, &b], &[]);
@@ -123,12 +125,32 @@ fn routed_experts_with_idle_and_busy_ones() {
     // Expert 4 is never chosen; expert 0 by every token.
     let indices = (0..tokens).flat_map(|t| [0, 1 + (t % 3) as u32]).collect::<Vec<u32>>();
     let context = ExpertsContext { indices: indices.into(), top_k, precision: Precision::F32 };
-    let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
+    let (x, norm, weights) = (random([tokens, hidden]), random([1, hidden]), random([tokens, top_k]));
     let stacks =
         [random([experts, intermediate, hidden]), random([experts, intermediate, hidden]), random([experts, hidden, intermediate])];
-    let run =
-        |f: fn(Tensor<2>, [Tensor<3>; 3], Tensor<2>, &ExpertsContext) -> Tensor<2>| f(x.clone(), stacks.clone(), weights.clone(), &context);
-    agree("experts", run(ops::routed_experts), run(plain::routed_experts), &[&x, &weights], &[&stacks[0], &stacks[1], &stacks[2]]);
+    let run = |f: fn(Tensor<2>, Tensor<1>, f64, [Tensor<3>; 3], Tensor<2>, &ExpertsContext) -> Tensor<2>| {
+        f(x.clone(), norm.clone().reshape([hidden]), 1e-5, stacks.clone(), weights.clone(), &context)
+    };
+    let (fused, plain) = (run(ops::norm_experts_add), run(plain::norm_experts_add));
+    agree("experts", fused, plain, &[&x, &norm, &weights], &[&stacks[0], &stacks[1], &stacks[2]]);
+}
+
+#[test]
+fn a_backward_pass_goes_on_from_a_gradient() {
+    let (x, dy) = (random([9, 7]), random([9, 7]).detach());
+    for factor in [1.0, 0.5] {
+        let gradient = |f: fn(Tensor<2>, Tensor<2>) -> Tensor<1>| {
+            // Two ways to x, so that gradients meet on the way.
+            let y = x.clone() * 3.0;
+            let w = ops::linear(y.clone(), Tensor::eye(7, &device()).require_grad());
+            let loss = ops::linear_add(y, w, Tensor::eye(7, &device()), Precision::F32);
+            ops::host_f32(&x.grad(&ops::backward(f(loss, dy.clone()) * factor)).unwrap())
+        };
+        let (fused, plain) = (gradient(ops::with_gradient), gradient(plain::with_gradient));
+        assert_eq!(fused, plain);
+        let expected = ops::host_f32(&(dy.clone() * 6.0 * factor));
+        assert!(relative(fused, expected) < 1e-6);
+    }
 }
 
 #[test]

@@ -44,14 +44,14 @@ fn mlp(residual_th: Tensor<2>, x_th: Tensor<2>, norm: &RmsNorm, mlp: &Mlp) -> Te
 fn moe(x_th: Tensor<2>, norm: &RmsNorm, moe: &Moe, config: &Config) -> Tensor<2> {
     let (top_k, experts) = config.moe.as_ref().map(|moe| (moe.top_k, moe.num_experts)).unwrap();
     let z_th = plain::rms_norm(x_th.clone(), norm.weight.val(), EPS);
-    let probs_te = activation::softmax(plain::linear(z_th.clone(), moe.gate.weight.val()), 1);
+    let probs_te = activation::softmax(plain::linear(z_th, moe.gate.weight.val()), 1);
     let indices = router::scalar::select(&ops::host_f32(&probs_te), None, experts, top_k);
     let index_data = TensorData::new(indices.iter().map(|&e| i64::from(e)).collect::<Vec<_>>(), [indices.len() / top_k, top_k]);
     let chosen_tk = probs_te.clone().gather(1, Tensor::<2, Int>::from_data(index_data, &probs_te.device()));
     let weights_tk = chosen_tk.clone() / chosen_tk.sum_dim(1);
     let context = ExpertsContext { indices: indices.into(), top_k, precision: Precision::F32 };
     let stacks = [moe.experts.gate_proj.val(), moe.experts.up_proj.val(), moe.experts.down_proj.val()];
-    let y_th = x_th.clone() + plain::routed_experts(z_th, stacks, weights_tk, &context);
+    let y_th = plain::norm_experts_add(x_th.clone(), norm.weight.val(), EPS, stacks, weights_tk, &context);
     mlp(y_th, x_th, norm, moe.shared_experts.as_ref().unwrap())
 }
 
