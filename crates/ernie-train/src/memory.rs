@@ -58,7 +58,12 @@ impl Account {
         // Asked for only where the recipe does not say: the answer makes the pool of threads.
         let threads = recipe.run.threads.unwrap_or_else(rayon::current_num_threads) as f64;
         let step = Step { config, tokens, precision: recipe.run.precision, recompute: recipe.run.recompute, mtp, threads };
-        step.account(true)
+        let mut account = step.account(true);
+        if recipe.data.gradient_accumulation > 1 {
+            // The sum of gradients so far, beside those of a micro-batch.
+            account.parameters += config.parameter_counts().total * F32 as u64;
+        }
+        account
     }
 
     /// All of it.
@@ -88,8 +93,10 @@ struct Layer {
     backward: f64,
     /// Packed operands of its largest product, not per token.
     packed: f64,
-    /// Gradients of experts in the buffers of idle activations of the same size, not per token.
+    /// Gradients of experts in the buffers of idle activations of about the same size, of this layer or one before it on the way back; not per token.
     in_place: f64,
+    /// Of these the buffers that the layer itself still needs while its gradients come into being.
+    too_late: f64,
     /// What each thread keeps of blocks of experts' rows and their packed operands, not per token.
     of_thread: f64,
 }
@@ -113,6 +120,8 @@ impl Step<'_> {
         let step = self.head() + self.tokens * most(|layer| layer.backward) + most(|layer| layer.packed) + of_threads;
         // Recomputation has the activations of one layer, which the next wants again.
         let in_place = if self.recompute { 0.0 } else { layers.iter().map(|layer| layer.in_place).sum() };
+        // The first on the way back finds no other's buffers.
+        let in_place = in_place - layers.iter().rfind(|layer| layer.in_place > 0.0).map_or(0.0, |layer| layer.too_late).min(in_place);
         let kept = KEPT_OF_GRADIENTS * parameters + KEPT_OF_ACTIVATIONS * on_tape;
         Account {
             parameters: (4.0 * parameters - in_place) as u64,
@@ -170,22 +179,24 @@ impl Step<'_> {
                 let block = CHUNK.min(self.tokens * k / e);
                 let of_thread = SCRATCH * block * (h + i) / 2.0 * (F32 + self.operand()) / 2.0;
                 let rows = k * (3.0 * h + 3.0 * i) + 2.0 * h + 2.0 * shared;
-                // Three stacks of weights; gate and up of the chosen experts, and of the shared ones.
+                // Three stacks of weights; gate and up of the chosen experts, and of the shared ones. A buffer serves what is up to an eighth smaller.
                 let stack = e * i * h;
-                let activations = [k * i, k * i, 2.0 * shared].map(|of_token| self.tokens * of_token);
-                let found = activations.iter().filter(|&&size| (stack..=stack * 1.125).contains(&size)).count();
-                (kept, rows, i.max(shared), of_thread, stack * found as f64)
+                let alike = |of_token: f64| (stack / 1.125..=stack * 1.125).contains(&(self.tokens * of_token));
+                let of_chosen = if alike(k * i) { 2.0 * stack } else { 0.0 };
+                let of_shared = if alike(2.0 * shared) { stack } else { 0.0 };
+                (kept, rows, i.max(shared), of_thread, [of_chosen + of_shared, of_chosen])
             }
             _ => {
                 let i = config.intermediate_size as f64;
                 // The gradient of gate and up takes their place.
-                (2.0 * i, 0.0, i, 0.0, 0.0)
+                (2.0 * i, 0.0, i, 0.0, [0.0; 2])
             }
         };
         // Gate's and up's weights, and a chunk of the gradient of gate and up, each packed for the two products they are in.
         let packed = 2.0 * (2.0 * widest * h + CHUNK.min(self.tokens) * 2.0 * widest) * self.operand();
-        let (input, kept, backward, in_place) = (h * F32, (attention + kept) * F32, (backward + rows) * F32, in_place * F32);
-        Layer { input, kept, backward, packed, in_place, of_thread }
+        let (input, kept, backward) = (h * F32, (attention + kept) * F32, (backward + rows) * F32);
+        let [in_place, too_late] = in_place.map(|elements| elements * F32);
+        Layer { input, kept, backward, packed, in_place, too_late, of_thread }
     }
 }
 

@@ -96,7 +96,7 @@ pub(crate) fn validate(model: &Ernie, corpus: &Corpus, recipe: &Recipe) -> Valid
                 }
                 sum += ernie_model::ops::scalar(&model.cross_entropy(hidden.states_th, &batch.targets)) as f64 * targets as f64;
                 scored += targets;
-                // Nothing goes backward here to give the layers' buffers back: they are freed.
+                // What Burn's operators drop is freed, not given back.
                 scratch::end_step();
             }
         }

@@ -175,15 +175,22 @@ fn the_peak_of_memory_is_the_predicted_one() {
     let dense = dense.replace("layer_start_index = 1", "layer_start_index = 0").replace("layer_interval = 1", "layer_interval = 100");
     let mut worst = 0.0f64;
     for (name, recipe) in [("dense", &dense), ("experts", &experts)] {
-        for (precision, recompute) in [("f32", false), ("int8-mixed", false), ("f32", true)] {
-            std::fs::write(&file, recipe.replace("[run]", &format!("[run]\nrecompute = {recompute}"))).unwrap();
-            let out = dir.path().join(format!("{name}-{precision}-{recompute}"));
+        for (precision, recompute, accumulated) in [("f32", false, 1), ("int8-mixed", false, 1), ("f32", true, 1), ("f32", false, 2)] {
+            let recipe = recipe.replace("[run]", &format!("[run]\nrecompute = {recompute}"));
+            let recipe = recipe.replace("batch_size = 16", &format!("batch_size = 16\ngradient_accumulation = {accumulated}"));
+            std::fs::write(&file, recipe).unwrap();
+            let out = dir.path().join(format!("{name}-{precision}-{recompute}-{accumulated}"));
             let flags = ["--steps", "3", "--precision", precision, "--out", out.to_str().unwrap(), "--threads", "2", "--json"];
             let predicted = train(dir.path(), &[&flags[..], &["--dry-run"]].concat()).json()["predicted_peak_bytes"].as_f64().unwrap();
             let peak = train(dir.path(), &flags).json()["peak_rss_bytes"].as_f64();
             let Some(peak) = peak else { return };
             let (error, mib) = (predicted / peak - 1.0, f64::from(1 << 20));
-            println!("{name} {precision} recompute {recompute}: {:.0} of {:.0} MiB, {:+.1}%", predicted / mib, peak / mib, error * 100.0);
+            println!(
+                "{name} {precision} recompute {recompute} batches {accumulated}: {:.0} of {:.0} MiB, {:+.1}%",
+                predicted / mib,
+                peak / mib,
+                error * 100.0
+            );
             assert!(peak > 120.0 * mib, "too small to say anything: {peak}");
             worst = worst.max(error.abs());
         }

@@ -14,7 +14,7 @@ use std::{
 pub enum Operator {
     /// Rows of the embedding.
     Embedding,
-    /// RMS norms on their own: before routers, before the head.
+    /// RMS norms on their own: before gates of heads, before the head.
     Norm,
     /// Norm, then queries, keys and values.
     Qkv,
@@ -26,9 +26,9 @@ pub enum Operator {
     GateUp,
     /// SwiGLU, then down, added to the residual.
     Down,
-    /// Routed experts: gathering, products, SwiGLU, weighted sum.
+    /// Norm, then routed experts: gathering, products, SwiGLU, weighted sum; added to the residual.
     Experts,
-    /// Other products: routers, gates of heads, the projection before multi-token prediction.
+    /// Other products: routers behind their norm, gates of heads, the projection before multi-token prediction.
     Linear,
     /// How much new a token brings.
     Density,

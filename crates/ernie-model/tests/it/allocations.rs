@@ -64,7 +64,8 @@ fn a_step_of_training_uses_the_buffers_of_the_one_before() {
                 gradients.into_values().for_each(scratch::recycle);
                 scratch::end_step();
             });
-            // Of a network with experts the routers are in Burn's operators; with recomputation each layer begins a tape, at whose beginning Burn adds.
+            // Of a network with experts the routers are in Burn's operators. With recomputation each layer begins a tape: its input is dropped where the tape ends, and Burn adds the
+            // input's gradients.
             let most = [0.6, 1.8][usize::from(experts)] + if recompute { 8.0 } else { 0.0 };
             let states = bytes as f64 / STATES as f64;
             assert!(states < most, "experts {experts}, recompute {recompute}: {states:.2} times the hidden states");
