@@ -173,7 +173,7 @@ fn recomputed_gradients_equal_those_of_one_tape() {
             for (name, expected) in &expected {
                 let difference = gradients[name].iter().zip(expected).map(|(a, b)| a - b).collect::<Vec<_>>();
                 let error = norm(&difference) / norm(expected).max(floor);
-                let tolerance = if precision == Precision::F32 { 3e-6 } else { 0.15 };
+                let tolerance = if precision == Precision::F32 { 3e-6 } else { 0.2 };
                 assert!(error <= tolerance, "{} in {precision:?}: gradient of {name} is off by {error:e}", golden.name);
             }
         }
