@@ -63,9 +63,9 @@ kind = "constant"
 warmup_steps = 20
 RECIPE
 
-# Huge pages are left out: the kernel may at any time fill a range that is in use in part with one, and resident memory rises by pages that
-# nothing asked for.
-MIMALLOC_ALLOW_THP=0 "$ERNIE" train "$work/recipe.toml" --data "$PWD" --quiet "$@" > "$work/report" &
+# Without huge pages, as the trainer sees to: the kernel may at any time fill a range that is in use in part with one, and resident memory rises
+# by pages that nothing asked for.
+"$ERNIE" train "$work/recipe.toml" --data "$PWD" --quiet "$@" > "$work/report" &
 trainer=$!
 seen=0
 while kill -0 "$trainer" 2>/dev/null; do
