@@ -14,7 +14,7 @@ use burn::{
     tensor::TensorData,
 };
 use ernie_checkpoint::{Checkpoint, Config};
-use ernie_kernels::scratch;
+use ernie_kernels::{adamw, scratch};
 
 /// What is known of a parameter beside its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,7 +159,7 @@ pub fn accumulate(into: &mut NamedParameters, gradients: NamedParameters) {
                 entry.insert(gradient);
             }
             Entry::Occupied(mut entry) => {
-                entry.get_mut().iter_mut().zip(&gradient).for_each(|(sum, g)| *sum += g);
+                adamw::add(entry.get_mut(), &gradient);
                 scratch::recycle(gradient);
             }
         }

@@ -118,10 +118,13 @@ impl Step<'_> {
         let on_tape = if self.recompute { self.tokens * (most(|layer| layer.kept) + prediction) } else { activations };
         let of_threads = self.threads * most(|layer| layer.of_thread);
         let step = self.head() + self.tokens * most(|layer| layer.backward) + most(|layer| layer.packed) + of_threads;
-        // Recomputation has the activations of one layer, which the next wants again.
-        let in_place = if self.recompute { 0.0 } else { layers.iter().map(|layer| layer.in_place).sum() };
-        // The first on the way back finds no other's buffers.
-        let in_place = in_place - layers.iter().rfind(|layer| layer.in_place > 0.0).map_or(0.0, |layer| layer.too_late).min(in_place);
+        // Recomputation has the activations of one layer, which the next wants again. Of several layers the first on the way back finds no other's buffers.
+        let in_place = if self.recompute {
+            0.0
+        } else {
+            let first_back = layers.iter().rfind(|layer| layer.in_place > 0.0);
+            layers.iter().map(|layer| layer.in_place).sum::<f64>() - first_back.map_or(0.0, |layer| layer.too_late)
+        };
         let kept = KEPT_OF_GRADIENTS * parameters + KEPT_OF_ACTIVATIONS * on_tape;
         Account {
             parameters: (4.0 * parameters - in_place) as u64,
@@ -206,7 +209,7 @@ pub fn available_bytes() -> u64 {
 }
 
 /// Keeps the kernel from backing this process with huge pages. Training asks the allocator for buffers of all sizes, and of a page of 2 MiB that is only partly
-/// used all of it counts: without them the peak is lower, at the same speed. Where the kernel cannot be asked nothing changes.
+/// used all of it counts: without them the peak is lower, at a speed that differs by less than runs do. Where the kernel cannot be asked nothing changes.
 pub fn without_huge_pages() {
     #[cfg(target_os = "linux")]
     let _ = rustix::thread::disable_transparent_huge_pages(true);

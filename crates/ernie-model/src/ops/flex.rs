@@ -348,13 +348,10 @@ impl FusedKernels for Flex {
         let [x, norm, gate, up, down, weights] = inputs.each_ref().map(ordered);
         let stacks = kernels::experts::Weights::new(slice(&gate), slice(&up), slice(&down), context.precision);
         let z = normed(slice(&x), slice(&norm), eps);
-        let mut saved = None;
-        let y = filled(&x, |y| {
-            y.copy_from_slice(slice(&x));
-            let shape = experts_shape(&x, &gate, context);
-            saved = Some(kernels::experts::forward(y, &z, &stacks, &context.indices, slice(&weights), shape));
-        });
-        (y, Arc::new(saved.expect("filled once")))
+        let mut y = buffer(len(&x));
+        y.copy_from_slice(slice(&x));
+        let saved = kernels::experts::forward(&mut y, &z, &stacks, &context.indices, slice(&weights), experts_shape(&x, &gate, context));
+        (tensor(y, shape(&x)), Arc::new(saved))
     }
 
     fn norm_experts_add_gradient(inputs: [X; 6], saved: &kernels::experts::Saved, eps: f64, precision: Precision, dy: X) -> [X; 6] {
