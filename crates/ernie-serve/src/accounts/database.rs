@@ -2,9 +2,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{ConnectOptions, Connection, SqlSafeStr};
@@ -15,8 +15,10 @@ use super::store::{Place, Store, StoreError};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Connections; more requests at once wait for one.
 const CONNECTIONS: u32 = 4;
-/// With SQLite two processes that start together may both find a migration missing; the later one looks again.
-const MIGRATION_TRIES: usize = 5;
+/// How long, and how often, a SQLite file is opened again that others who start at the same time are still making. Two find its log not yet set up, or
+/// a migration missing; SQLite refuses the later one at once, without waiting, since it already reads what the first one writes.
+const OPENING: Duration = Duration::from_secs(10);
+const OPENING_AGAIN: Duration = Duration::from_millis(50);
 
 /// Where the accounts are kept.
 #[derive(Clone, PartialEq)]
@@ -74,7 +76,8 @@ impl Database {
                 // A full disk can make SQLite end a transaction by itself; sqlx then counts it as open for ever, takes the next for a part of it, and
                 // what it says is committed never is. Such a connection is closed instead of used again.
                 let pool = pool.before_acquire(|connection, _| Box::pin(async { Ok(!connection.is_in_transaction()) }));
-                Store::Sqlite(pool.connect_with(options).await.map_err(failed)?, Some(Place::of(path)))
+                let connect = || pool.clone().connect_with(options.clone());
+                Store::Sqlite(tried_again(connect, is_busy).await.map_err(failed)?, Some(Place::of(path)))
             }
             Database::Memory => {
                 // One connection that never ends: each has a memory of its own.
@@ -99,14 +102,13 @@ impl Database {
         match &store {
             Store::Sqlite(pool, _) => {
                 let migrator = migrations(include_str!("migrations/sqlite_1.sql"));
-                let mut tried = 0;
-                while let Err(error) = migrator.run(pool).await {
-                    tried += 1;
-                    if tried == MIGRATION_TRIES {
-                        return Err(migrated(error));
-                    }
-                    tokio::time::sleep(PATIENCE / 20).await;
+                let migrate = || tried_again(|| migrator.run(pool), |error| sqlite_error(error).is_some_and(is_busy));
+                let mut done = migrate().await;
+                if done.is_err() {
+                    // Tables that were missing a moment ago may be there now, made by another; looking again finds them made.
+                    done = migrate().await;
                 }
+                done.map_err(migrated)?;
             }
             // Here they wait for each other by a lock of the server's.
             Store::Postgres(pool) => {
@@ -173,6 +175,31 @@ impl fmt::Display for Database {
                 write!(f, "postgres://{}", server.rsplit_once('@').map_or(server, |(_, server)| server))
             }
         }
+    }
+}
+
+/// What `attempt` gives, called again for up to [`OPENING`] while its error is one that `passes`.
+async fn tried_again<T, E, F: Future<Output = Result<T, E>>>(attempt: impl Fn() -> F, passes: impl Fn(&E) -> bool) -> Result<T, E> {
+    let started = Instant::now();
+    loop {
+        match attempt().await {
+            Err(error) if passes(&error) && started.elapsed() < OPENING => tokio::time::sleep(OPENING_AGAIN).await,
+            result => return result,
+        }
+    }
+}
+
+/// Another connection of SQLite's holds a lock (`SQLITE_BUSY`, 5, in the lowest byte of the extended code).
+fn is_busy(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code()?.parse::<u32>().ok());
+    code.is_some_and(|code| code & 0xff == 5)
+}
+
+/// What the database said to a migration, where it is not the migrations themselves that do not fit.
+fn sqlite_error(error: &MigrateError) -> Option<&sqlx::Error> {
+    match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => Some(error),
+        _ => None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The tables themselves, in every kind of database.
 use std::collections::HashMap;
+use std::time::Duration;
 
 use ernie_serve::accounts::calendar::Day;
 use ernie_serve::accounts::create_key;
@@ -7,6 +8,8 @@ use ernie_serve::accounts::database::Database;
 use ernie_serve::accounts::keys::{Grant, Limits, Scope};
 use ernie_serve::accounts::store::Store;
 use ernie_serve::accounts::usage::{Actor, Audit, GroupBy, Period, Totals, UsageKey};
+use sqlx::ConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
 
 use crate::databases;
 
@@ -106,6 +109,21 @@ async fn several_open_a_new_database_at_once() {
             assert!(!opened.await.unwrap());
         }
     }
+}
+
+/// One that another is about to write has to be waited for, though SQLite itself does not: it refuses to set up its log at once.
+#[tokio::test]
+async fn a_new_database_that_another_is_making_is_waited_for() {
+    let database = databases::file();
+    let path = database.name.strip_prefix("sqlite:").unwrap();
+    let mut other = SqliteConnectOptions::new().filename(path).create_if_missing(true).connect().await.unwrap();
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
+    let open = Database::named(Some(&database.name)).unwrap();
+    let opening = tokio::spawn(async move { open.open().await });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!opening.is_finished(), "it was opened, or refused, while another held it");
+    sqlx::query("COMMIT").execute(&mut other).await.unwrap();
+    assert!(!opening.await.unwrap().unwrap().has_keys().await.unwrap());
 }
 
 /// No page more than the file has: what SQLite says on a full disk.
