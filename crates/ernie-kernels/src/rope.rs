@@ -81,22 +81,8 @@ pub fn apply_interleaved(x: &mut [f32], table: &RopeTable, heads: usize, pos_of_
 
 simd_fn! {
     fn rotate<FMA>(row: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
-        const PAIRS: usize = 8;
         for head in row.chunks_exact_mut(2 * cos.len()) {
-            let whole = cos.len() - cos.len() % PAIRS;
-            for first in (0..whole).step_by(PAIRS) {
-                // In this form each line is a few shuffles and one operation of whole vectors.
-                let x: &mut [f32; 2 * PAIRS] = (&mut head[2 * first..][..2 * PAIRS]).try_into().expect("eight pairs");
-                let (cos, sin): (&[f32; PAIRS], &[f32; PAIRS]) =
-                    (cos[first..][..PAIRS].try_into().expect("eight"), sin[first..][..PAIRS].try_into().expect("eight"));
-                let swapped: [f32; 2 * PAIRS] = std::array::from_fn(|i| x[i ^ 1]);
-                let cos: [f32; 2 * PAIRS] = std::array::from_fn(|i| cos[i / 2]);
-                let sin: [f32; 2 * PAIRS] = std::array::from_fn(|i| if i % 2 == 0 { -sin[i / 2] } else { sin[i / 2] });
-                for i in 0..2 * PAIRS {
-                    x[i] = x[i] * cos[i] + swapped[i] * (sin[i] * direction);
-                }
-            }
-            for ((pair, &cos), &sin) in head[2 * whole..].chunks_exact_mut(2).zip(&cos[whole..]).zip(&sin[whole..]) {
+            for ((pair, &cos), &sin) in head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
                 let (a, b, sin) = (pair[0], pair[1], sin * direction);
                 pair[0] = a * cos - b * sin;
                 pair[1] = b * cos + a * sin;

@@ -14,6 +14,8 @@ pub mod matrix;
 pub mod pack;
 pub mod pool;
 #[cfg(target_arch = "x86_64")]
+mod quantise_avx2;
+#[cfg(target_arch = "x86_64")]
 mod quantise_avx512;
 pub mod quantised;
 pub mod tile;

@@ -8,6 +8,15 @@ use super::isa::{Isa, isa};
 use super::matrix::Mat;
 use crate::scratch::Scratch;
 
+/// How many panels of `width` rows are filled together. Where a matrix lies column by column, neighbouring panels share cache lines and pages, which are then not fetched again for each:
+/// 48 or 64 of its rows, three or four lines.
+pub(super) const fn group(width: usize) -> usize {
+    if width < 16 { 4 } else { 2 }
+}
+
+/// Columns of such a matrix that are packed at a time: their pages are few enough to be remembered from one panel to the next.
+const DEPTH: usize = 64;
+
 /// A matrix `[rows, k]` in panels of `W` rows: element (r, l) is `data[(r / W) * W * k + l * W + r % W]`; missing rows of the last panel are zero.
 pub struct Packed<const W: usize> {
     data: Scratch,
@@ -27,18 +36,23 @@ impl<const W: usize> Packed<W> {
         assert!(parts.iter().all(|part| part.rows() == rows), "parts of different heights");
         let k = parts.iter().map(Mat::cols).sum();
         let mut data = Scratch::take(rows.next_multiple_of(W) * k);
-        let fill = |(panel, out): (usize, &mut [f32])| {
-            let mut rest = out;
+        let fill = |(index, out): (usize, &mut [f32])| {
+            let mut from = 0;
             for part in parts {
-                let (out, tail) = rest.split_at_mut(W * part.cols());
-                panel_of::<W>(out, *part, panel * W);
-                rest = tail;
+                let deep = if part.strides().0 == 1 { DEPTH } else { part.cols().max(1) };
+                for first in (0..part.cols()).step_by(deep) {
+                    let slice = part.t().rows_of(first..part.cols().min(first + deep)).t();
+                    for (panel, out) in out.chunks_exact_mut(W * k).enumerate() {
+                        panel_of::<W>(&mut out[W * (from + first)..][..W * slice.cols()], slice, (index * group(W) + panel) * W);
+                    }
+                }
+                from += part.cols();
             }
         };
         if k > 0 {
             match threads {
-                Threads::One => data.chunks_exact_mut(W * k).enumerate().for_each(fill),
-                Threads::All => data.par_chunks_exact_mut(W * k).enumerate().for_each(fill),
+                Threads::One => data.chunks_mut(group(W) * W * k).enumerate().for_each(fill),
+                Threads::All => data.par_chunks_mut(group(W) * W * k).enumerate().for_each(fill),
             }
         }
         Packed { data, rows, k }
@@ -65,13 +79,15 @@ pub(crate) fn panel_of<const W: usize>(out: &mut [f32], x: Mat<'_>, first: usize
     let (rows, k, (row_stride, col_stride), data) = (W.min(x.rows() - first), x.cols(), x.strides(), x.data());
     assert_eq!(out.len(), W * k);
     if row_stride == 1 && x.rows() > 1 {
-        for (l, out) in out.chunks_exact_mut(W).enumerate() {
+        for (l, out) in out.as_chunks_mut::<W>().0.iter_mut().enumerate() {
             let column = &data[l * col_stride + first..][..rows];
-            if rows == W {
-                out.copy_from_slice(column);
-            } else {
-                out[..rows].copy_from_slice(column);
-                out[rows..].fill(0.0);
+            // Of a constant length: by a few loads and stores instead of a call.
+            match column.first_chunk() {
+                Some(column) => *out = *column,
+                None => {
+                    out[..rows].copy_from_slice(column);
+                    out[rows..].fill(0.0);
+                }
             }
         }
         return;

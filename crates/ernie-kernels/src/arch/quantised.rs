@@ -3,17 +3,17 @@
 //! Each row of an operand has a scale of its own for every [`BLOCK`] elements along k: q = round(x · 127 / max|x|), x ≈ q · scale. Rounding is to
 //! nearest, or stochastic (up with a probability equal to the fraction, so that the expected value is x): gradients need that, for most of their elements
 //! are smaller than half a step. The random bits are a function of the block's own values and place, so the same data always gives the same bits.
-#![allow(unsafe_code)] // calling the loops for AVX-512 after asking the processor for it
+#![allow(unsafe_code)] // calling the loops for an instruction set after asking the processor for it
 
 use rayon::prelude::*;
 
 use super::gemm::Threads;
 use super::isa::{Isa, isa, simd_fn};
 use super::matrix::Mat;
-use super::pack::transpose;
-#[cfg(target_arch = "x86_64")]
-use super::quantise_avx512 as avx512;
+use super::pack::{group, transpose};
 use super::tile::{COLS, ROWS};
+#[cfg(target_arch = "x86_64")]
+use super::{quantise_avx2 as avx2, quantise_avx512 as avx512};
 use crate::scratch::Scratch;
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -49,7 +49,7 @@ pub struct Packed8<const W: usize, const OFFSET: bool> {
     starts: Vec<usize>,
 }
 
-/// Where a panel's words, scales and sums are written.
+/// Where the words, scales and sums of a group are written.
 type Slot<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [i32]);
 
 /// One block of one panel.
@@ -82,25 +82,25 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         let mut data = Scratch::take(panels * W * words);
         let (mut scales, mut sums) = (vec![0.0; panels * blocks.len() * W], vec![0; panels * blocks.len() * W]);
         if words > 0 {
-            let fill = |(panel, ((out, scales), sums)): (usize, Slot<'_>)| {
-                let mut rest = out;
-                for (index, &(part, from, length)) in blocks.iter().enumerate() {
-                    let (out, tail) = rest.split_at_mut(W * length.div_ceil(4));
-                    let place = index * W..(index + 1) * W;
-                    quantise_panel::<W, OFFSET>(out, &mut scales[place.clone()], &mut sums[place], part, panel * W, from, length, rounding);
-                    rest = tail;
+            let fill = |(index, ((out, scales), sums)): (usize, Slot<'_>)| {
+                for (block, &(part, from, length)) in blocks.iter().enumerate() {
+                    for (panel, out) in out.chunks_exact_mut(W * words).enumerate() {
+                        let out = &mut out[W * starts[block]..W * starts[block + 1]];
+                        let place = (panel * blocks.len() + block) * W..(panel * blocks.len() + block + 1) * W;
+                        let (scales, sums, first) = (&mut scales[place.clone()], &mut sums[place], (index * group(W) + panel) * W);
+                        quantise_panel::<W, OFFSET>(out, scales, sums, part, first, from, length, rounding);
+                    }
                 }
             };
-            let each = W * blocks.len();
+            let (words, each) = (group(W) * W * words, group(W) * W * blocks.len());
             match threads {
                 Threads::One => {
-                    let panels = data.chunks_exact_mut(W * words).zip(scales.chunks_exact_mut(each)).zip(sums.chunks_exact_mut(each));
-                    panels.enumerate().for_each(fill);
+                    let groups = data.chunks_mut(words).zip(scales.chunks_mut(each)).zip(sums.chunks_mut(each));
+                    groups.enumerate().for_each(fill);
                 }
                 Threads::All => {
-                    let panels =
-                        data.par_chunks_exact_mut(W * words).zip(scales.par_chunks_exact_mut(each)).zip(sums.par_chunks_exact_mut(each));
-                    panels.enumerate().for_each(fill);
+                    let groups = data.par_chunks_mut(words).zip(scales.par_chunks_mut(each)).zip(sums.par_chunks_mut(each));
+                    groups.enumerate().for_each(fill);
                 }
             }
         }
@@ -242,9 +242,15 @@ pub(super) fn scale_of(largest: u32, stochastic: bool) -> (f32, f32) {
 fn quantise_row(bytes: &mut [u8], x: &[f32], stochastic: bool, seed: u32) -> (f32, i32) {
     assert!(bytes.len() >= x.len());
     #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx512 {
-        // SAFETY: `isa` has found AVX-512; the assertion above.
-        return unsafe { if stochastic { avx512::row::<true>(bytes, x, seed) } else { avx512::row::<false>(bytes, x, seed) } };
+    // SAFETY: `isa` has found the instructions; the assertion above.
+    unsafe {
+        match (isa(), stochastic) {
+            (Isa::Avx512, false) => return avx512::row::<false>(bytes, x, seed),
+            (Isa::Avx512, true) => return avx512::row::<true>(bytes, x, seed),
+            (Isa::Avx2, false) => return avx2::row::<false>(bytes, x, seed),
+            (Isa::Avx2, true) => return avx2::row::<true>(bytes, x, seed),
+            (Isa::Portable, _) => {}
+        }
     }
     plain_row(bytes, x, stochastic, seed)
 }
@@ -301,16 +307,18 @@ fn quantise_columns<const W: usize>(words: &mut [u32], scales: &mut [f32], sums:
     assert!(x.width <= W && words.len() == W * x.length.div_ceil(4) && scales.len() == W && sums.len() == W);
     assert!(x.length == 0 || x.data.len() >= (x.length - 1) * x.stride + x.width);
     #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx512 {
-        let (shape, length) = ((x.stride, x.width), x.length);
-        // SAFETY: `isa` has found AVX-512; the assertions above.
-        return unsafe {
-            if stochastic {
-                avx512::columns::<W, true>(words, scales, sums, x.data, shape, length, seed);
-            } else {
-                avx512::columns::<W, false>(words, scales, sums, x.data, shape, length, seed);
+    {
+        let (data, shape, length) = (x.data, (x.stride, x.width), x.length);
+        // SAFETY: `isa` has found the instructions; the assertions above.
+        unsafe {
+            match (isa(), stochastic) {
+                (Isa::Avx512, false) => return avx512::columns::<W, false>(words, scales, sums, data, shape, length, seed),
+                (Isa::Avx512, true) => return avx512::columns::<W, true>(words, scales, sums, data, shape, length, seed),
+                (Isa::Avx2, false) => return avx2::columns::<W, false>(words, scales, sums, data, shape, length, seed),
+                (Isa::Avx2, true) => return avx2::columns::<W, true>(words, scales, sums, data, shape, length, seed),
+                (Isa::Portable, _) => {}
             }
-        };
+        }
     }
     plain_columns::<W>(words, scales, sums, x, stochastic, seed);
 }

@@ -136,7 +136,7 @@ unsafe fn avx2_part<const H: usize, const W: usize, const RS: usize, const CS: u
     update: Update,
 ) {
     use std::arch::x86_64::*;
-    let (rows, cols, stride) = c.layout();
+    let (rows, _, stride) = c.layout();
     for i in 0..rows {
         _mm_prefetch::<_MM_HINT_T0>(c.as_mut_ptr().wrapping_add(i * stride).cast());
     }
@@ -158,22 +158,62 @@ unsafe fn avx2_part<const H: usize, const W: usize, const RS: usize, const CS: u
         b = b.wrapping_add(COLS);
         a = a.wrapping_add(CS);
     }
-    for i in 0..H {
-        if i >= rows {
-            break;
+    // SAFETY: the features.
+    unsafe { put_avx2(c, sums, update) };
+}
+
+/// Writes the sums of a tile, or adds them, as far as c goes.
+///
+/// # Safety
+/// The features.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn put_avx2<const H: usize, const W: usize>(
+    c: &mut MatMut<'_>,
+    sums: [[std::arch::x86_64::__m256; W]; H],
+    update: Update,
+) {
+    use std::arch::x86_64::*;
+    let (rows, cols, stride) = c.layout();
+    // Straight from the registers: a tile that goes through memory, as at an edge, takes a fifth longer.
+    if (rows, cols) == (H, 8 * W) {
+        let c = c.as_mut_ptr();
+        for i in 0..H {
+            for j in 0..W {
+                // SAFETY: row i < rows of c, and of it eight columns below `cols`.
+                unsafe {
+                    let place = c.add(i * stride + 8 * j);
+                    let sum = match update {
+                        Update::Set => sums[i][j],
+                        Update::Add => _mm256_add_ps(sums[i][j], _mm256_loadu_ps(place)),
+                    };
+                    _mm256_storeu_ps(place, sum);
+                }
+            }
         }
-        let c = c.row_mut(i);
+        return;
+    }
+    let mut at_edge = [[[0.0f32; 8]; W]; H];
+    for i in 0..H {
         for j in 0..W {
-            let mut eight = [0.0f32; 8];
             // SAFETY: eight elements.
-            unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), sums[i][j]) };
-            let from = (8 * j).min(cols);
-            let c = &mut c[from..(8 * j + 8).min(cols)];
-            match (update, <&mut [f32; 8]>::try_from(&mut *c)) {
-                (Update::Set, Ok(c)) => *c = eight,
-                (Update::Add, Ok(c)) => c.iter_mut().zip(eight).for_each(|(c, sum)| *c += sum),
-                (Update::Set, Err(_)) => c.copy_from_slice(&eight[..c.len()]),
-                (Update::Add, Err(_)) => c.iter_mut().zip(eight).for_each(|(c, sum)| *c += sum),
+            unsafe { _mm256_storeu_ps(at_edge[i][j].as_mut_ptr(), sums[i][j]) };
+        }
+    }
+    put_at_edge(c, &at_edge, update);
+}
+
+/// The same for a tile that c has not all of.
+#[cfg(target_arch = "x86_64")]
+#[cold]
+#[inline(never)]
+fn put_at_edge<const W: usize>(c: &mut MatMut<'_>, sums: &[[[f32; 8]; W]], update: Update) {
+    for (i, sums) in sums.iter().enumerate().take(c.rows()) {
+        for (c, sum) in c.row_mut(i).iter_mut().zip(sums.as_flattened()) {
+            match update {
+                Update::Set => *c = *sum,
+                Update::Add => *c += sum,
             }
         }
     }

@@ -12,6 +12,8 @@ use super::byte_pairs::{self, HEIGHT, widen};
 use super::isa::{Isa, isa, simd_fn};
 use super::matrix::MatMut;
 use super::quantised::Panel;
+#[cfg(target_arch = "x86_64")]
+use super::tile::put_avx2;
 use super::tile::{COLS, ROWS, Update};
 
 /// c = a·b or c += a·b for one tile and one block along k: c(i, j) gets scale_a(i) · scale_b(j) · Σ q_a · q_b.
@@ -115,16 +117,19 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
             let b_part = b.bytes.as_ptr().wrapping_add(4 * col);
             // SAFETY: parts of four rows, all widened above, and of sixteen columns of the two panels, whose lengths `tile` asserts.
             let registers: [[__m256i; 2]; HEIGHT] = unsafe { byte_pairs::sums(pairs, (1, ROWS), b_part, 4 * COLS, words) };
-            for (i, registers) in registers.iter().enumerate().take(rows - row) {
+            let mut products = [[_mm256_setzero_ps(); 2]; HEIGHT];
+            for i in 0..HEIGHT {
                 // b holds q + 128: the sums have 128·Σ q_a too much.
                 let excess = _mm256_set1_epi32(a.sums[row + i] * 128);
-                let mut sums = [0i32; 16];
+                let scale = _mm256_set1_ps(a.scales[row + i]);
                 for half in 0..2 {
-                    // SAFETY: sixteen sums.
-                    unsafe { _mm256_storeu_si256(sums.as_mut_ptr().add(8 * half).cast(), _mm256_sub_epi32(registers[half], excess)) };
+                    // SAFETY: b has a scale for each of its COLS columns.
+                    let scale = _mm256_mul_ps(scale, unsafe { _mm256_loadu_ps(b.scales.as_ptr().add(col + 8 * half)) });
+                    products[i][half] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(registers[i][half], excess)), scale);
                 }
-                scaled(&mut c.row_mut(row + i)[col..(col + 16).min(cols)], &sums, a.scales[row + i], &b.scales[col..], update);
             }
+            // SAFETY: the features.
+            unsafe { put_avx2(&mut c.block(row..(row + HEIGHT).min(rows), col..(col + 16).min(cols)), products, update) };
         }
     }
 }
