@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn layers_side_by_side_equal_each_alone() {
-        let (m, k) = (40, 30);
+        let (m, k) = (40, 70);
         let mut random = Random::new(5);
         let weights: Vec<Vec<f32>> = [7, 300, 33].iter().map(|n| random.vec(n * k, 1.0)).collect();
         let weights: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();

@@ -53,6 +53,32 @@ mod tests {
         }
     }
 
+    /// Several values that are no numbers, or infinite, in one block of a row of either operand make its products no numbers, and no others.
+    #[test]
+    fn what_is_not_a_number_stays_none_in_products() {
+        let (m, n, k) = (14, 35, 70);
+        for rounding in [Rounding::Nearest, Rounding::Stochastic] {
+            for by_columns in [false, true] {
+                let packed = |rows: usize, bad: usize| {
+                    let mut x = vec![0.5f32; rows * k];
+                    for (l, value) in [(3, f32::NAN), (4, f32::NAN), (17, f32::INFINITY), (68, -f32::NAN)] {
+                        x[if by_columns { l * rows + bad } else { bad * k + l }] = value;
+                    }
+                    x
+                };
+                let (a, b) = (packed(m, 13), packed(n, 5));
+                let view = |x, rows| if by_columns { Mat::new(x, k, rows).t() } else { Mat::new(x, rows, k) };
+                let left = Left8::new(view(&a, m), rounding, Threads::One);
+                let right = Right8::new(view(&b, n), rounding, Threads::One);
+                let mut c = vec![0.0; m * n];
+                product_packed8(MatMut::new(&mut c, m, n), &left, &right, Update::Set, Threads::One);
+                for (place, c) in c.iter().enumerate() {
+                    assert_eq!(c.is_nan(), place / n == 13 || place % n == 5, "element {place}, {rounding:?}, by columns: {by_columns}");
+                }
+            }
+        }
+    }
+
     /// Integers times a power of two for each row, which 8 bits hold without rounding: each block of a row has a ±127, so that its scale is that power. Returns
     /// the values, the integers and the powers.
     fn exact(random: &mut Random, rows: usize, k: usize) -> (Vec<f32>, Vec<i32>, Vec<f32>) {

@@ -9,13 +9,17 @@ use super::matrix::Mat;
 use crate::scratch::Scratch;
 
 /// How many panels of `width` rows are filled together. Where a matrix lies column by column, neighbouring panels share cache lines and pages, which are then not fetched again for each:
-/// 48 or 64 of its rows, three or four lines.
-pub(super) const fn group(width: usize) -> usize {
-    if width < 16 { 4 } else { 2 }
+/// 48 or 64 of its rows, three or four lines. Elsewhere they share nothing.
+pub(super) fn group(parts: &[Mat<'_>], width: usize) -> usize {
+    match parts.iter().any(|part| part.strides().0 == 1) {
+        true if width < 16 => 4,
+        true => 2,
+        false => 1,
+    }
 }
 
 /// Columns of such a matrix that are packed at a time: their pages are few enough to be remembered from one panel to the next.
-const DEPTH: usize = 64;
+const SLICE: usize = 64;
 
 /// A matrix `[rows, k]` in panels of `W` rows: element (r, l) is `data[(r / W) * W * k + l * W + r % W]`; missing rows of the last panel are zero.
 pub struct Packed<const W: usize> {
@@ -36,14 +40,15 @@ impl<const W: usize> Packed<W> {
         assert!(parts.iter().all(|part| part.rows() == rows), "parts of different heights");
         let k = parts.iter().map(Mat::cols).sum();
         let mut data = Scratch::take(rows.next_multiple_of(W) * k);
+        let group = group(parts, W);
         let fill = |(index, out): (usize, &mut [f32])| {
             let mut from = 0;
             for part in parts {
-                let deep = if part.strides().0 == 1 { DEPTH } else { part.cols().max(1) };
-                for first in (0..part.cols()).step_by(deep) {
-                    let slice = part.t().rows_of(first..part.cols().min(first + deep)).t();
+                let size = if part.strides().0 == 1 { SLICE } else { part.cols().max(1) };
+                for first in (0..part.cols()).step_by(size) {
+                    let slice = part.t().rows_of(first..part.cols().min(first + size)).t();
                     for (panel, out) in out.chunks_exact_mut(W * k).enumerate() {
-                        panel_of::<W>(&mut out[W * (from + first)..][..W * slice.cols()], slice, (index * group(W) + panel) * W);
+                        panel_of::<W>(&mut out[W * (from + first)..][..W * slice.cols()], slice, (index * group + panel) * W);
                     }
                 }
                 from += part.cols();
@@ -51,8 +56,8 @@ impl<const W: usize> Packed<W> {
         };
         if k > 0 {
             match threads {
-                Threads::One => data.chunks_mut(group(W) * W * k).enumerate().for_each(fill),
-                Threads::All => data.par_chunks_mut(group(W) * W * k).enumerate().for_each(fill),
+                Threads::One => data.chunks_mut(group * W * k).enumerate().for_each(fill),
+                Threads::All => data.par_chunks_mut(group * W * k).enumerate().for_each(fill),
             }
         }
         Packed { data, rows, k }

@@ -82,24 +82,25 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         let mut data = Scratch::take(panels * W * words);
         let (mut scales, mut sums) = (vec![0.0; panels * blocks.len() * W], vec![0; panels * blocks.len() * W]);
         if words > 0 {
+            let group = group(parts, W);
             let fill = |(index, ((out, scales), sums)): (usize, Slot<'_>)| {
                 for (block, &(part, from, length)) in blocks.iter().enumerate() {
                     for (panel, out) in out.chunks_exact_mut(W * words).enumerate() {
                         let out = &mut out[W * starts[block]..W * starts[block + 1]];
                         let place = (panel * blocks.len() + block) * W..(panel * blocks.len() + block + 1) * W;
-                        let (scales, sums, first) = (&mut scales[place.clone()], &mut sums[place], (index * group(W) + panel) * W);
+                        let (scales, sums, first) = (&mut scales[place.clone()], &mut sums[place], (index * group + panel) * W);
                         quantise_panel::<W, OFFSET>(out, scales, sums, part, first, from, length, rounding);
                     }
                 }
             };
-            let (words, each) = (group(W) * W * words, group(W) * W * blocks.len());
+            let (group_words, each) = (group * W * words, group * W * blocks.len());
             match threads {
                 Threads::One => {
-                    let groups = data.chunks_mut(words).zip(scales.chunks_mut(each)).zip(sums.chunks_mut(each));
+                    let groups = data.chunks_mut(group_words).zip(scales.chunks_mut(each)).zip(sums.chunks_mut(each));
                     groups.enumerate().for_each(fill);
                 }
                 Threads::All => {
-                    let groups = data.par_chunks_mut(words).zip(scales.par_chunks_mut(each)).zip(sums.par_chunks_mut(each));
+                    let groups = data.par_chunks_mut(group_words).zip(scales.par_chunks_mut(each)).zip(sums.par_chunks_mut(each));
                     groups.enumerate().for_each(fill);
                 }
             }
@@ -396,7 +397,7 @@ mod tests {
     /// Quantised along rows and along columns, each value is within half a step (nearest) or a whole step (stochastic) of the original.
     #[test]
     fn values_are_kept_to_a_step() {
-        for (rows, k) in [(1, 1), (5, 3), (12, 256), (13, 300), (40, 515), (31, 64)] {
+        for (rows, k) in [(1, 1), (5, 3), (12, 256), (13, 300), (40, 515), (31, 64), (100, 70)] {
             let x = random(rows, k);
             let transposed: Vec<f32> = (0..rows * k).map(|i| x[i % rows * k + i / rows]).collect();
             for (rounding, share) in [(Rounding::Nearest, 0.5), (Rounding::Stochastic, 1.0)] {
@@ -451,8 +452,10 @@ mod tests {
     #[test]
     fn every_instruction_set_rounds_to_the_same_bits() {
         let mut random = Random::new(33);
-        for (length, width) in [(1, 1), (7, 12), (64, 5), (100, 11), (255, 32), (256, 17)] {
-            let x = random.vec(length * 40, 3.0);
+        for (length, width) in [(1, 1), (6, 12), (7, 12), (64, 5), (100, 11), (255, 32), (256, 17)] {
+            let mut x = random.vec(length * 40, 3.0);
+            // A column of zeros, and one whose scale would have no inverse.
+            x.chunks_exact_mut(40).for_each(|row| (row[1], row[3]) = (0.0, row[3] * 1e-33));
             let columns = Columns { data: &x, stride: 40, width, length };
             for stochastic in [false, true] {
                 let (mut a, mut b) = (vec![1u8; length.next_multiple_of(4)], vec![2u8; length.next_multiple_of(4)]);

@@ -158,22 +158,14 @@ unsafe fn avx2_part<const H: usize, const W: usize, const RS: usize, const CS: u
         b = b.wrapping_add(COLS);
         a = a.wrapping_add(CS);
     }
-    // SAFETY: the features.
-    unsafe { put_avx2(c, sums, update) };
+    put_avx2(c, sums, update);
 }
 
 /// Writes the sums of a tile, or adds them, as far as c goes.
-///
-/// # Safety
-/// The features.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn put_avx2<const H: usize, const W: usize>(
-    c: &mut MatMut<'_>,
-    sums: [[std::arch::x86_64::__m256; W]; H],
-    update: Update,
-) {
+pub(super) fn put_avx2<const H: usize, const W: usize>(c: &mut MatMut<'_>, sums: [[std::arch::x86_64::__m256; W]; H], update: Update) {
     use std::arch::x86_64::*;
     let (rows, cols, stride) = c.layout();
     // Straight from the registers: a tile that goes through memory, as at an edge, takes a fifth longer.

@@ -74,8 +74,8 @@ unsafe fn vnni(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
         if i >= rows {
             break;
         }
-        // b holds q + 128: the sums have 128·Σ q_a too much.
-        let excess = _mm512_set1_epi32(a.sums[i] * 128);
+        // b holds q + 128: the sums have 128·Σ q_a too much. Where a value is no number that may be too large; the scale is then none either.
+        let excess = _mm512_set1_epi32(a.sums[i].wrapping_mul(128));
         let scale = _mm512_set1_ps(a.scales[i]);
         for half in 0..2 {
             // SAFETY: row i < rows of c, and of it the columns below `cols` by the mask.
@@ -119,8 +119,8 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
             let registers: [[__m256i; 2]; HEIGHT] = unsafe { byte_pairs::sums(pairs, (1, ROWS), b_part, 4 * COLS, words) };
             let mut products = [[_mm256_setzero_ps(); 2]; HEIGHT];
             for i in 0..HEIGHT {
-                // b holds q + 128: the sums have 128·Σ q_a too much.
-                let excess = _mm256_set1_epi32(a.sums[row + i] * 128);
+                // As above.
+                let excess = _mm256_set1_epi32(a.sums[row + i].wrapping_mul(128));
                 let scale = _mm256_set1_ps(a.scales[row + i]);
                 for half in 0..2 {
                     // SAFETY: b has a scale for each of its COLS columns.
@@ -128,8 +128,7 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
                     products[i][half] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(registers[i][half], excess)), scale);
                 }
             }
-            // SAFETY: the features.
-            unsafe { put_avx2(&mut c.block(row..(row + HEIGHT).min(rows), col..(col + 16).min(cols)), products, update) };
+            put_avx2(&mut c.block(row..(row + HEIGHT).min(rows), col..(col + 16).min(cols)), products, update);
         }
     }
 }

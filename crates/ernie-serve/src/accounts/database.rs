@@ -15,9 +15,10 @@ use super::store::{Place, Store, StoreError};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Connections; more requests at once wait for one.
 const CONNECTIONS: u32 = 4;
-/// How long, and how often, a SQLite file is opened again that others who start at the same time are still making. Two find its log not yet set up, or
+/// For how long a SQLite file is opened again that others who start at the same time are still making. Two find its log not yet set up, or
 /// a migration missing; SQLite refuses the later one at once, without waiting, since it already reads what the first one writes.
 const OPENING: Duration = Duration::from_secs(10);
+/// Between two tries of that.
 const OPENING_AGAIN: Duration = Duration::from_millis(50);
 
 /// Where the accounts are kept.
@@ -67,6 +68,7 @@ impl Database {
     /// It cannot be opened, or its tables are not those of this version.
     pub async fn open(&self) -> Result<Store, StoreError> {
         let failed = |error: sqlx::Error| StoreError::Open { database: self.to_string(), error };
+        let until = Instant::now() + OPENING;
         let store = match self {
             Database::File(path) => {
                 prepare(path).map_err(|error| failed(error.into()))?;
@@ -77,7 +79,7 @@ impl Database {
                 // what it says is committed never is. Such a connection is closed instead of used again.
                 let pool = pool.before_acquire(|connection, _| Box::pin(async { Ok(!connection.is_in_transaction()) }));
                 let connect = || pool.clone().connect_with(options.clone());
-                Store::Sqlite(tried_again(connect, is_busy).await.map_err(failed)?, Some(Place::of(path)))
+                Store::Sqlite(tried_again(until, connect, is_busy).await.map_err(failed)?, Some(Place::of(path)))
             }
             Database::Memory => {
                 // One connection that never ends: each has a memory of its own.
@@ -102,7 +104,7 @@ impl Database {
         match &store {
             Store::Sqlite(pool, _) => {
                 let migrator = migrations(include_str!("migrations/sqlite_1.sql"));
-                let migrate = || tried_again(|| migrator.run(pool), |error| sqlite_error(error).is_some_and(is_busy));
+                let migrate = || tried_again(until, || migrator.run(pool), |error| sqlite_error(error).is_some_and(is_busy));
                 let mut done = migrate().await;
                 if done.is_err() {
                     // Tables that were missing a moment ago may be there now, made by another; looking again finds them made.
@@ -178,19 +180,24 @@ impl fmt::Display for Database {
     }
 }
 
-/// What `attempt` gives, called again for up to [`OPENING`] while its error is one that `passes`.
-async fn tried_again<T, E, F: Future<Output = Result<T, E>>>(attempt: impl Fn() -> F, passes: impl Fn(&E) -> bool) -> Result<T, E> {
-    let started = Instant::now();
+/// What `attempt` gives, called again, `until` then, while its error is one that `passes`.
+async fn tried_again<T, E, F>(until: Instant, attempt: impl Fn() -> F, passes: impl Fn(&E) -> bool) -> Result<T, E>
+where
+    F: Future<Output = Result<T, E>>,
+{
     loop {
         match attempt().await {
-            Err(error) if passes(&error) && started.elapsed() < OPENING => tokio::time::sleep(OPENING_AGAIN).await,
+            Err(error) if passes(&error) && Instant::now() < until => tokio::time::sleep(OPENING_AGAIN).await,
             result => return result,
         }
     }
 }
 
-/// Another connection of SQLite's holds a lock (`SQLITE_BUSY`, 5, in the lowest byte of the extended code).
+/// Another connection of SQLite's holds a lock (`SQLITE_BUSY`, 5, in the lowest byte of the extended code), or held it for longer than the pool has patience.
 fn is_busy(error: &sqlx::Error) -> bool {
+    if let sqlx::Error::PoolTimedOut = error {
+        return true;
+    }
     let code = error.as_database_error().and_then(|error| error.code()?.parse::<u32>().ok());
     code.is_some_and(|code| code & 0xff == 5)
 }

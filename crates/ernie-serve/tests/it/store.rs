@@ -111,19 +111,22 @@ async fn several_open_a_new_database_at_once() {
     }
 }
 
-/// One that another is about to write has to be waited for, though SQLite itself does not: it refuses to set up its log at once.
+/// One that another is making has to be waited for, whether SQLite refuses it at once (it does not wait to set up its log while another is about to write) or
+/// after two seconds.
 #[tokio::test]
 async fn a_new_database_that_another_is_making_is_waited_for() {
-    let database = databases::file();
-    let path = database.name.strip_prefix("sqlite:").unwrap();
-    let mut other = SqliteConnectOptions::new().filename(path).create_if_missing(true).connect().await.unwrap();
-    sqlx::query("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
-    let open = Database::named(Some(&database.name)).unwrap();
-    let opening = tokio::spawn(async move { open.open().await });
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    assert!(!opening.is_finished(), "it was opened, or refused, while another held it");
-    sqlx::query("COMMIT").execute(&mut other).await.unwrap();
-    assert!(!opening.await.unwrap().unwrap().has_keys().await.unwrap());
+    for (begin, held) in [("BEGIN IMMEDIATE", Duration::from_millis(500)), ("BEGIN EXCLUSIVE", Duration::from_secs(3))] {
+        let database = databases::file();
+        let path = database.name.strip_prefix("sqlite:").unwrap();
+        let mut other = SqliteConnectOptions::new().filename(path).create_if_missing(true).connect().await.unwrap();
+        sqlx::query(begin).execute(&mut other).await.unwrap();
+        let named = Database::named(Some(&database.name)).unwrap();
+        let opening = tokio::spawn(async move { named.open().await });
+        tokio::time::sleep(held).await;
+        assert!(!opening.is_finished(), "opened or refused within {held:?} of {begin}");
+        sqlx::query("COMMIT").execute(&mut other).await.unwrap();
+        assert!(!opening.await.unwrap().unwrap().has_keys().await.unwrap());
+    }
 }
 
 /// No page more than the file has: what SQLite says on a full disk.
