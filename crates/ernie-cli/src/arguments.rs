@@ -59,12 +59,21 @@ pub enum Command {
 }
 
 impl Arguments {
-    /// Makes the thread pool that all kernels share, if a number of threads was given.
+    /// Makes the thread pool that all kernels share.
     pub fn use_threads(&self) -> anyhow::Result<()> {
-        let Some(threads) = self.threads else { return Ok(()) };
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.into())
-            .build_global()
-            .map_err(|error| outcome::usage(format!("--threads {threads}: {error}; give a smaller number")))
+        let pool = rayon::ThreadPoolBuilder::new();
+        let pool = match &self.command {
+            // Training divides thousands of products a step, all from this thread, which is therefore one of the pool: else it would wake another for each, and
+            // sleep until that is done.
+            Command::Train(train) => {
+                pool.num_threads(self.threads.map(usize::from).or_else(|| train.threads()).unwrap_or(0)).use_current_thread()
+            }
+            _ => match self.threads {
+                Some(threads) => pool.num_threads(threads.into()),
+                None => return Ok(()),
+            },
+        };
+        let given = self.threads.map_or(String::new(), |threads| format!("--threads {threads}: "));
+        pool.build_global().map_err(|error| outcome::usage(format!("{given}{error}; give a smaller number")))
     }
 }

@@ -105,6 +105,17 @@ struct Outcomes<'a> {
     exported: Option<&'a Path>,
 }
 
+impl TrainArguments {
+    /// The recipe's number of threads, if it has one and can be read: whatever is wrong with it [`run`] will say.
+    pub fn threads(&self) -> Option<usize> {
+        if self.sweep {
+            let runs = Sweep::from_file(&self.recipe).ok()?.runs().ok()?;
+            return runs.into_iter().find_map(|planned| planned.recipe.run.threads);
+        }
+        Recipe::from_file(&self.recipe).ok()?.run.threads
+    }
+}
+
 /// Runs the command.
 pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     memory::without_huge_pages();

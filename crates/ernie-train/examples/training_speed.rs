@@ -102,8 +102,12 @@ impl Options {
 
 fn run(options: &Options) -> Result<serde_json::Value, String> {
     memory::without_huge_pages();
-    // 0 threads: rayon's default, all of the machine's.
-    rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().map_err(|error| format!("--threads: {error}"))?;
+    // 0 threads: rayon's default, all of the machine's. This one among them, as in `ernie train`.
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .use_current_thread()
+        .build_global()
+        .map_err(|error| format!("--threads: {error}"))?;
     let mut batches = Batches::open(options)?;
     let mut model = load(&options.model)?;
     model.set_precision(options.precision);

@@ -129,6 +129,7 @@ impl<'a> MatMut<'a> {
     }
 
     /// Rows `rows` and columns `cols`, borrowed from this matrix.
+    #[inline]
     pub fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
         // SAFETY: the result borrows this view mutably, so that nothing else can touch its elements.
         unsafe { self.alias(rows, cols) }
@@ -138,6 +139,7 @@ impl<'a> MatMut<'a> {
     ///
     /// # Safety
     /// For as long as the block exists nothing else may touch its elements, and it must not outlive the matrix.
+    #[inline]
     pub(super) unsafe fn alias(&self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);

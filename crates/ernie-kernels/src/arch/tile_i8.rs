@@ -117,18 +117,17 @@ unsafe fn avx2(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, upd
             let b_part = b.bytes.as_ptr().wrapping_add(4 * col);
             // SAFETY: parts of four rows, all widened above, and of sixteen columns of the two panels, whose lengths `tile` asserts.
             let registers: [[__m256i; 2]; HEIGHT] = unsafe { byte_pairs::sums(pairs, (1, ROWS), b_part, 4 * COLS, words) };
-            let mut products = [[_mm256_setzero_ps(); 2]; HEIGHT];
-            for i in 0..HEIGHT {
+            // SAFETY: b has a scale for each of its COLS columns.
+            let scales = unsafe { [_mm256_loadu_ps(b.scales.as_ptr().add(col)), _mm256_loadu_ps(b.scales.as_ptr().add(col + 8))] };
+            let (a_scales, a_sums) = (&a.scales[row..][..HEIGHT], &a.sums[row..][..HEIGHT]);
+            let scaled = |i: usize, half: usize| {
                 // As above.
-                let excess = _mm256_set1_epi32(a.sums[row + i].wrapping_mul(128));
-                let scale = _mm256_set1_ps(a.scales[row + i]);
-                for half in 0..2 {
-                    // SAFETY: b has a scale for each of its COLS columns.
-                    let scale = _mm256_mul_ps(scale, unsafe { _mm256_loadu_ps(b.scales.as_ptr().add(col + 8 * half)) });
-                    products[i][half] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(registers[i][half], excess)), scale);
-                }
-            }
-            put_avx2(&mut c.block(row..(row + HEIGHT).min(rows), col..(col + 16).min(cols)), products, update);
+                let excess = _mm256_set1_epi32(a_sums[i].wrapping_mul(128));
+                let scale = _mm256_mul_ps(_mm256_set1_ps(a_scales[i]), scales[half]);
+                _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(registers[i][half], excess)), scale)
+            };
+            let mut part = c.block(row..(row + HEIGHT).min(rows), col..(col + 16).min(cols));
+            put_avx2::<HEIGHT, 2>(&mut part, scaled, update);
         }
     }
 }
