@@ -34,7 +34,7 @@ use crate::{bench, chat, eval, explain, generate, inspect, keys, logits, outcome
 pub struct Arguments {
     /// Worker threads [default: one per core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    pub threads: Option<u16>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -59,21 +59,14 @@ pub enum Command {
 }
 
 impl Arguments {
-    /// Makes the thread pool that all kernels share.
+    /// Makes the thread pool that all kernels share, if a number of threads was given. Training makes its own.
     pub fn use_threads(&self) -> anyhow::Result<()> {
-        let pool = rayon::ThreadPoolBuilder::new();
-        let pool = match &self.command {
-            // Training divides thousands of products a step, all from this thread, which is therefore one of the pool: else it would wake another for each, and
-            // sleep until that is done.
-            Command::Train(train) => {
-                pool.num_threads(self.threads.map(usize::from).or_else(|| train.threads()).unwrap_or(0)).use_current_thread()
-            }
-            _ => match self.threads {
-                Some(threads) => pool.num_threads(threads.into()),
-                None => return Ok(()),
-            },
-        };
-        let given = self.threads.map_or(String::new(), |threads| format!("--threads {threads}: "));
-        pool.build_global().map_err(|error| outcome::usage(format!("{given}{error}; give a smaller number")))
+        let Some(threads) = self.threads.filter(|_| !matches!(self.command, Command::Train(_))) else { return Ok(()) };
+        rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global().map_err(|error| too_many_threads(threads, &error))
     }
+}
+
+/// A pool of as many threads as were asked for could not be made.
+pub fn too_many_threads(threads: u16, error: &rayon::ThreadPoolBuildError) -> anyhow::Error {
+    outcome::usage(format!("--threads {threads}: {error}; give a smaller number"))
 }

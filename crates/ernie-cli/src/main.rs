@@ -55,6 +55,6 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Serve(serve) => serve::run(serve),
         Command::Keys(keys) => keys::run(keys),
         Command::Usage(usage) => usage::run(usage),
-        Command::Train(train) => train::run(train),
+        Command::Train(train) => train::run(train, arguments.threads),
     }
 }

@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use crate::arguments::too_many_threads;
 use crate::card::{self, Card};
 use crate::inspect;
 use crate::interrupt::Interrupt;
@@ -105,22 +106,24 @@ struct Outcomes<'a> {
     exported: Option<&'a Path>,
 }
 
-impl TrainArguments {
-    /// The recipe's number of threads, if it has one and can be read: whatever is wrong with it [`run`] will say.
-    pub fn threads(&self) -> Option<usize> {
-        if self.sweep {
-            let runs = Sweep::from_file(&self.recipe).ok()?.runs().ok()?;
-            return runs.into_iter().find_map(|planned| planned.recipe.run.threads);
-        }
-        Recipe::from_file(&self.recipe).ok()?.run.threads
-    }
+/// Makes the thread pool that all kernels share: of the threads given, else of the recipe's, else one per core.
+///
+/// Training divides thousands of products a step, all from this thread, which is therefore one of the pool: else it would wake another for each, and sleep until
+/// that is done.
+fn use_threads(given: Option<u16>, of_recipe: Option<usize>) -> anyhow::Result<()> {
+    let threads = given.map(usize::from).or(of_recipe).unwrap_or(0);
+    let made = rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread().build_global();
+    made.map_err(|error| match given {
+        Some(threads) => too_many_threads(threads, &error),
+        None => anyhow::anyhow!("no threads to train with: {error}; ask for fewer by --threads or `run.threads` of the recipe"),
+    })
 }
 
-/// Runs the command.
-pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+/// Runs the command, on that many threads if a number is given.
+pub fn run(arguments: &TrainArguments, threads: Option<u16>) -> anyhow::Result<()> {
     memory::without_huge_pages();
     if arguments.sweep {
-        return sweep(arguments);
+        return sweep(arguments, threads);
     }
     let mut recipe = Recipe::from_file(&arguments.recipe)?;
     if let Some(steps) = arguments.steps {
@@ -133,6 +136,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     if let Some(precision) = arguments.precision {
         recipe.run.precision = precision.into();
     }
+    use_threads(threads, recipe.run.threads)?;
     if arguments.dry_run {
         return dry_run(arguments, &recipe);
     }
@@ -154,8 +158,10 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
 }
 
 /// Trains what is left of an experiment and shows how its arms compare.
-fn sweep(arguments: &TrainArguments) -> anyhow::Result<()> {
+fn sweep(arguments: &TrainArguments, threads: Option<u16>) -> anyhow::Result<()> {
     let sweep = Sweep::from_file(&arguments.recipe)?;
+    // A process has one pool: that of the first run.
+    use_threads(threads, sweep.runs()?.first().and_then(|first| first.recipe.run.threads))?;
     let interrupt = Interrupt::install()?;
     let working = interrupt.begin();
     let options =
