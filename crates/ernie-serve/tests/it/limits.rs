@@ -101,11 +101,12 @@ fn a_key_that_ends_takes_its_answers_with_it() {
     let whole = body.to_string();
     body["stream"] = json!(true);
     let stream = body.to_string();
+    let texts = json!({"input": vec!["a text that waits"; 100]}).to_string();
     for database in databases::all() {
         let accounts = Accounts::with(database, ServeConfig { max_batch_size: 1, max_queue: 600, ..ServeConfig::default() });
         let admin = accounts.scoped(&[Scope::Admin, Scope::Metrics, Scope::Completions]);
         for how in ["here", "elsewhere", "expired"] {
-            let soon = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 2;
+            let soon = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 4;
             let expires = (how == "expired").then_some(soon);
             let scopes = vec![Scope::Completions, Scope::Embeddings, Scope::Metrics];
             let (id, key) = accounts.key(Grant { expires, scopes, ..Grant::new(how) });
@@ -113,11 +114,13 @@ fn a_key_that_ends_takes_its_answers_with_it() {
             streamed.read_until(b'}', &mut Vec::new()).unwrap();
             let mut watched = begun(&accounts, &key, "GET /v1/live", "");
             watched.read_until(b'}', &mut Vec::new()).unwrap();
-            let embedded = begun(&accounts, &key, "POST /v1/embeddings", "{\"input\": \"a text that waits\"}");
+            let embedded = begun(&accounts, &key, "POST /v1/embeddings", &texts);
             let gathered = begun(&accounts, &key, "POST /v1/completions", &whole);
             // Another key's answer goes on.
             let mut other = begun(&accounts, &admin, "POST /v1/completions", &stream);
             other.read_until(b'\n', &mut Vec::new()).unwrap();
+            // Three answers of 128 and one of 100: with any of them missing it is 384 at most. A request that comes after its key has ended is refused in other words.
+            wait("all are let in", || accounts.server.with_key(&admin).metric("ernie_queue_length") > 384.0);
             let began = Instant::now();
             match how {
                 "here" => {
