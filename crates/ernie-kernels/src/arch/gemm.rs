@@ -29,20 +29,22 @@ pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, update:
     let (m, n, _) = c.layout();
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
-    for_each_tile(c, k.div_ceil(DEPTH), update, threads, |c, row, col, part, update| {
-        let from = part * DEPTH;
-        tile::<ROWS, 1, ROWS>(c, a.panel(row, from), b.panel(col, from), DEPTH.min(k - from), update);
+    for_each_tile(c, k.div_ceil(DEPTH), update, threads, || {
+        |c: &mut MatMut<'_>, row, col, part, update| {
+            let from = part * DEPTH;
+            tile::<ROWS, 1, ROWS>(c, a.panel(row, from), b.panel(col, from), DEPTH.min(k - from), update);
+        }
     });
 }
 
-/// Calls `compute` with each tile of c, the panels of a and b it is the product of, each of the parts that k is cut into, and whether that part is added:
-/// for a tile the parts come in order. Without parts c is a sum of nothing.
-pub(super) fn for_each_tile(
+/// Calls what `begin` makes, for each task and on its thread, with each tile of c, the panels of a and b it is the product of, each of the parts that k is cut
+/// into, and whether that part is added: for a tile the parts come in order. Without parts c is a sum of nothing.
+pub(super) fn for_each_tile<F: Fn(&mut MatMut<'_>, usize, usize, usize, Update)>(
     c: MatMut<'_>,
     parts: usize,
     update: Update,
     threads: Threads,
-    compute: impl Fn(&mut MatMut<'_>, usize, usize, usize, Update) + Sync,
+    begin: impl Fn() -> F + Sync,
 ) {
     let (m, n, _) = c.layout();
     let (task_rows, task_cols) = task_shape(m, n);
@@ -52,13 +54,18 @@ pub(super) fn for_each_tile(
         if parts == 0 && update == Update::Set {
             c.fill(0.0);
         }
+        let compute = begin();
+        let origins = (0..cols).step_by(COLS).flat_map(|j| (0..rows).step_by(ROWS).map(move |i| (i, j)));
         for part in 0..parts {
             let update = if part == 0 { update } else { Update::Add };
-            for j in (0..cols).step_by(COLS) {
-                for i in (0..rows).step_by(ROWS) {
-                    let mut c = c.block(i..(i + ROWS).min(rows), j..(j + COLS).min(cols));
-                    compute(&mut c, (row + i) / ROWS, (col + j) / COLS, part, update);
+            let mut following = origins.clone().skip(1);
+            for origin in origins.clone() {
+                // The elements of a large matrix are not in a cache near by, and to wait for them may take longer than the tile.
+                if let Some(origin) = following.next() {
+                    tile_at(&mut c, origin).prefetch();
                 }
+                let (i, j) = origin;
+                compute(&mut tile_at(&mut c, origin), (row + i) / ROWS, (col + j) / COLS, part, update);
             }
         }
     };
@@ -66,6 +73,12 @@ pub(super) fn for_each_tile(
         Threads::One => tasks.into_iter().for_each(run),
         Threads::All => tasks.into_par_iter().for_each(run),
     }
+}
+
+/// The tile whose first row and column these are.
+fn tile_at<'a>(c: &'a mut MatMut<'_>, (row, col): (usize, usize)) -> MatMut<'a> {
+    let (rows, cols, _) = c.layout();
+    c.block(row..(row + ROWS).min(rows), col..(col + COLS).min(cols))
 }
 
 /// Rows and columns of a task: large, but with some tasks for each thread of a small machine.

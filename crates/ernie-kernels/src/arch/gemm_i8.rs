@@ -1,6 +1,7 @@
 //! Products whose operands are quantised to 8 bits in blocks along k and whose result is of single precision: about four times as fast as those of
 //! single precision, where the processor has an instruction for it. Scales per block as in Jetfire (arXiv 2403.12422).
 
+use super::amx::Tiles;
 use super::gemm::{Threads, Update, for_each_tile};
 use super::matrix::MatMut;
 use super::quantised::Packed8;
@@ -18,8 +19,9 @@ pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, thr
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
     assert!(a.starts() == b.starts(), "operands of an 8-bit product stacked from unlike parts");
-    for_each_tile(c, a.starts().len() - 1, update, threads, |c, row, col, block, update| {
-        tile(c, a.panel(row, block), b.panel(col, block), update);
+    for_each_tile(c, a.starts().len() - 1, update, threads, || {
+        let tiles = Tiles::shaped();
+        move |c: &mut MatMut<'_>, row, col, block, update| tile(c, a.panel(row, block), b.panel(col, block), update, tiles.as_ref())
     });
 }
 

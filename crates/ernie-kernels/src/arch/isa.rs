@@ -22,17 +22,20 @@ pub enum Isa {
 }
 
 /// The instruction set in use: the best this processor has, found at the first call. The environment variable `ERNIE_ISA` (`portable`, `avx2`,
-/// `avx512`) can only lower it: for tests and for narrowing down a fault. Any other value lowers nothing.
+/// `avx512`: that without AMX) can only lower it: for tests and for narrowing down a fault. Any other value lowers nothing.
 pub fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
-    *ISA.get_or_init(|| {
-        let limit = match std::env::var("ERNIE_ISA").as_deref() {
-            Ok("portable") => Isa::Portable,
-            Ok("avx2") => Isa::Avx2,
-            _ => Isa::Avx512,
-        };
-        detect().min(limit)
-    })
+    *ISA.get_or_init(|| detect().min(limit().unwrap_or(Isa::Avx512)))
+}
+
+/// What the environment lowers the instruction set to; the best one counts too, for it has no tiles (`amx.rs`).
+pub(super) fn limit() -> Option<Isa> {
+    match std::env::var("ERNIE_ISA").as_deref() {
+        Ok("portable") => Some(Isa::Portable),
+        Ok("avx2") => Some(Isa::Avx2),
+        Ok("avx512") => Some(Isa::Avx512),
+        _ => None,
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

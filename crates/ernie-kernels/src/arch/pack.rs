@@ -195,6 +195,20 @@ unsafe fn transpose16(out: *mut f32, stride: usize, rows: &[&[f32]], from: usize
             *x = unsafe { _mm512_loadu_ps(row.as_ptr().add(from)) };
         }
     }
+    let mask = super::tile::mask16(rows.len());
+    transpose_square(&mut x);
+    for (i, &column) in x.iter().enumerate() {
+        // SAFETY: row i of the result, as many elements as there are rows.
+        unsafe { _mm512_mask_storeu_ps(out.add(i * stride), mask, column) };
+    }
+}
+
+/// Makes the rows of a square its columns.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
+pub(super) fn transpose_square(x: &mut [std::arch::x86_64::__m512; 16]) {
+    use std::arch::x86_64::*;
     // Pairs of rows, then pairs of pairs inside each quarter, then the quarters.
     let mut y = [_mm512_setzero_ps(); 16];
     for i in 0..8 {
@@ -208,21 +222,15 @@ unsafe fn transpose16(out: *mut f32, stride: usize, rows: &[&[f32]], from: usize
         x[4 * i + 2] = _mm512_shuffle_ps::<0x44>(b, d);
         x[4 * i + 3] = _mm512_shuffle_ps::<0xee>(b, d);
     }
-    let mask = super::tile::mask16(rows.len());
     for i in 0..4 {
         let low = _mm512_shuffle_f32x4::<0x88>(x[i], x[4 + i]);
         let high = _mm512_shuffle_f32x4::<0x88>(x[8 + i], x[12 + i]);
         let low_odd = _mm512_shuffle_f32x4::<0xdd>(x[i], x[4 + i]);
         let high_odd = _mm512_shuffle_f32x4::<0xdd>(x[8 + i], x[12 + i]);
-        let columns = [
-            _mm512_shuffle_f32x4::<0x88>(low, high),
-            _mm512_shuffle_f32x4::<0x88>(low_odd, high_odd),
-            _mm512_shuffle_f32x4::<0xdd>(low, high),
-            _mm512_shuffle_f32x4::<0xdd>(low_odd, high_odd),
-        ];
-        for (quarter, column) in columns.into_iter().enumerate() {
-            // SAFETY: row 4·quarter + i of the result, as many elements as there are rows.
-            unsafe { _mm512_mask_storeu_ps(out.add((4 * quarter + i) * stride), mask, column) };
-        }
+        y[i] = _mm512_shuffle_f32x4::<0x88>(low, high);
+        y[4 + i] = _mm512_shuffle_f32x4::<0x88>(low_odd, high_odd);
+        y[8 + i] = _mm512_shuffle_f32x4::<0xdd>(low, high);
+        y[12 + i] = _mm512_shuffle_f32x4::<0xdd>(low_odd, high_odd);
     }
+    *x = y;
 }

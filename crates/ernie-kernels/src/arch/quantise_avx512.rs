@@ -4,6 +4,7 @@
 
 use std::arch::x86_64::*;
 
+use super::pack::transpose_square;
 use super::quantised::{scale_of, streams};
 use super::tile::mask16;
 
@@ -95,7 +96,9 @@ pub(super) unsafe fn columns<const W: usize, const STOCHASTIC: bool>(
     (stride, width): (usize, usize),
     length: usize,
     seed: u32,
+    by_rows: bool,
 ) {
+    assert!(!by_rows || W <= 16);
     let load = |l: usize, part: usize| {
         let mask = mask16(width.saturating_sub(16 * part));
         // SAFETY: row l < length of the data, and of it the columns below `width` by the mask.
@@ -103,10 +106,12 @@ pub(super) unsafe fn columns<const W: usize, const STOCHASTIC: bool>(
     };
     let parts = W.div_ceil(16);
     let mut maxima = [[_mm512_setzero_si512(); 2]; 2];
-    for l in 0..length {
+    for l in (0..length).step_by(2) {
         for part in 0..parts {
-            let maximum = &mut maxima[l % 2][part];
-            *maximum = _mm512_max_epu32(*maximum, magnitude_bits(load(l, part)));
+            // An odd last row counts twice.
+            for (half, maxima) in maxima.iter_mut().enumerate() {
+                maxima[part] = _mm512_max_epu32(maxima[part], magnitude_bits(load((l + half).min(length - 1), part)));
+            }
         }
     }
     let mut largest = [0u32; 32];
@@ -127,18 +132,35 @@ pub(super) unsafe fn columns<const W: usize, const STOCHASTIC: bool>(
     }
     let mut totals = [_mm512_setzero_si512(); 2];
     let low = _mm512_set1_epi32(0xff);
-    for (group, words) in words.chunks_exact_mut(W).enumerate() {
+    let count = words.len() / W;
+    let mut square = [_mm512_setzero_ps(); 16];
+    for group in 0..count {
         for part in 0..parts {
             let mut packed = _mm512_setzero_si512();
-            let count = (length - group * 4).min(4);
-            for byte in 0..count {
+            for byte in 0..(length - group * 4).min(4) {
                 let q = rounded::<STOCHASTIC>(load(group * 4 + byte, part), inverses[part], &mut states[part]);
                 totals[part] = _mm512_add_epi32(totals[part], q);
                 let q = _mm512_sll_epi32(_mm512_and_si512(q, low), _mm_cvtsi32_si128(8 * byte as i32));
                 packed = _mm512_or_si512(packed, q);
             }
-            // SAFETY: a row of W words, by the mask.
-            unsafe { _mm512_mask_storeu_epi32(words.as_mut_ptr().wrapping_add(16 * part).cast(), mask16(W - 16 * part), packed) };
+            if by_rows {
+                square[group % 16] = _mm512_castsi512_ps(packed);
+            } else {
+                // SAFETY: a row of W words, by the mask.
+                unsafe {
+                    let place = words.as_mut_ptr().wrapping_add(group * W + 16 * part);
+                    _mm512_mask_storeu_epi32(place.cast(), mask16(W - 16 * part), packed);
+                }
+            }
+        }
+        if by_rows && (group % 16 == 15 || group + 1 == count) {
+            let first = group - group % 16;
+            let mask = mask16(group + 1 - first);
+            transpose_square(&mut square);
+            for r in 0..W.min(16) {
+                // SAFETY: words first.. of row r, as many as there are, by the mask.
+                unsafe { _mm512_mask_storeu_ps(words.as_mut_ptr().wrapping_add(r * count + first).cast(), mask, square[r]) };
+            }
         }
     }
     let mut all = [0i32; 32];

@@ -7,6 +7,7 @@
 
 use rayon::prelude::*;
 
+use super::amx;
 use super::gemm::Threads;
 use super::isa::{Isa, isa, simd_fn};
 use super::matrix::Mat;
@@ -34,8 +35,9 @@ pub enum Rounding {
     Stochastic,
 }
 
-/// A quantised matrix `[rows, k]` in panels of `W` rows: inside a panel, four bytes along k for each row in turn. Left operands hold q, right
-/// operands (`OFFSET`) hold q + 128, for the instruction multiplies signed by unsigned bytes.
+/// A quantised matrix `[rows, k]` in panels of `W` rows: inside a block of a panel, four bytes along k for each row in turn, or where the processor has tiles
+/// and the operand is a left one, row by row. Left operands hold q, right operands (`OFFSET`) hold q + 128, for the instruction multiplies signed by
+/// unsigned bytes.
 pub struct Packed8<const W: usize, const OFFSET: bool> {
     /// Four bytes in each element.
     data: Scratch,
@@ -55,8 +57,10 @@ type Slot<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [i32]);
 /// One block of one panel.
 #[derive(Clone, Copy)]
 pub struct Panel<'a> {
-    /// `[k / 4, W, 4]`.
+    /// `[k / 4, W, 4]`, or `[W, k]` where k is a multiple of four.
     pub bytes: &'a [u8],
+    /// Which of them.
+    pub by_rows: bool,
     /// `[W]`.
     pub scales: &'a [f32],
     /// `[W]`.
@@ -135,7 +139,7 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         let (start, end) = (self.starts[block], self.starts[block + 1]);
         let bytes = bytemuck::cast_slice(&self.data[(panel * words + start) * W..][..(end - start) * W]);
         let place = (panel * blocks + block) * W;
-        Panel { bytes, scales: &self.scales[place..][..W], sums: &self.sums[place..][..W] }
+        Panel { bytes, by_rows: by_rows::<OFFSET>(), scales: &self.scales[place..][..W], sums: &self.sums[place..][..W] }
     }
 
     /// The values that the bytes stand for, `[rows, k]`, for tests. All parts but the last must be whole blocks.
@@ -144,15 +148,20 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         let mut values = vec![0.0; self.rows * self.k];
         for row in 0..self.rows {
             for l in 0..self.k {
-                let words = self.k.div_ceil(4);
-                let bytes: &[u8] = bytemuck::cast_slice(&self.data[row / W * W * words..][..W * words]);
-                let byte = bytes[(l / 4 * W + row % W) * 4 + l % 4];
+                let panel = self.panel(row / W, l / BLOCK);
+                let (word, words) = (l % BLOCK / 4, panel.bytes.len() / (4 * W));
+                let byte = panel.bytes[4 * if panel.by_rows { row % W * words + word } else { word * W + row % W } + l % 4];
                 let q = if OFFSET { i32::from(byte) - 128 } else { i32::from(byte as i8) };
-                values[row * self.k + l] = q as f32 * self.panel(row / W, l / BLOCK).scales[row % W];
+                values[row * self.k + l] = q as f32 * panel.scales[row % W];
             }
         }
         values
     }
+}
+
+/// Whether panels of these operands lie row by row.
+fn by_rows<const OFFSET: bool>() -> bool {
+    !OFFSET && amx::available()
 }
 
 /// Quantises columns `from..from + length` of rows `first..first + W` of x into `out` (words of four bytes).
@@ -173,7 +182,19 @@ fn quantise_panel<const W: usize, const OFFSET: bool>(
     let words: &mut [u32] = bytemuck::cast_slice_mut(out);
     if row_stride == 1 && x.rows() > 1 {
         let columns = Columns { data: &data[from * col_stride + first..], stride: col_stride, width: rows, length };
-        quantise_columns::<W>(words, scales, sums, columns, stochastic, seed);
+        quantise_columns::<W>(words, scales, sums, columns, stochastic, seed, by_rows::<OFFSET>());
+    } else if by_rows::<OFFSET>() {
+        assert!(col_stride == 1 || length <= 1, "neither rows nor columns are contiguous");
+        for (r, words) in words.chunks_exact_mut(length.div_ceil(4)).enumerate() {
+            if r < rows {
+                let row = &data[(first + r) * row_stride + from..][..length];
+                (scales[r], sums[r]) =
+                    quantise_row(bytemuck::cast_slice_mut(words), row, stochastic, seed ^ (r as u32).wrapping_mul(0xc2b2_ae3d));
+            } else {
+                words.fill(0);
+                (scales[r], sums[r]) = (0.0, 0);
+            }
+        }
     } else {
         assert!(col_stride == 1 || length <= 1, "neither rows nor columns are contiguous");
         let mut bytes = [[0.0f32; BLOCK / 4]; W];
@@ -302,8 +323,17 @@ struct Columns<'a> {
     length: usize,
 }
 
-/// Quantises up to `W` columns along their length: word (l, j) holds rows 4l to 4l + 3 of column j; missing columns are zero.
-fn quantise_columns<const W: usize>(words: &mut [u32], scales: &mut [f32], sums: &mut [i32], x: Columns<'_>, stochastic: bool, seed: u32) {
+/// Quantises up to `W` columns along their length: word (l, j) holds rows 4l to 4l + 3 of column j; missing columns are zero. `by_rows`: the words of each
+/// column in turn (AVX-512, narrow panels).
+fn quantise_columns<const W: usize>(
+    words: &mut [u32],
+    scales: &mut [f32],
+    sums: &mut [i32],
+    x: Columns<'_>,
+    stochastic: bool,
+    seed: u32,
+    by_rows: bool,
+) {
     const { assert!(W == ROWS || W == COLS) };
     assert!(x.width <= W && words.len() == W * x.length.div_ceil(4) && scales.len() == W && sums.len() == W);
     assert!(x.length == 0 || x.data.len() >= (x.length - 1) * x.stride + x.width);
@@ -313,14 +343,15 @@ fn quantise_columns<const W: usize>(words: &mut [u32], scales: &mut [f32], sums:
         // SAFETY: `isa` has found the instructions; the assertions above.
         unsafe {
             match (isa(), stochastic) {
-                (Isa::Avx512, false) => return avx512::columns::<W, false>(words, scales, sums, data, shape, length, seed),
-                (Isa::Avx512, true) => return avx512::columns::<W, true>(words, scales, sums, data, shape, length, seed),
+                (Isa::Avx512, false) => return avx512::columns::<W, false>(words, scales, sums, data, shape, length, seed, by_rows),
+                (Isa::Avx512, true) => return avx512::columns::<W, true>(words, scales, sums, data, shape, length, seed, by_rows),
                 (Isa::Avx2, false) => return avx2::columns::<W, false>(words, scales, sums, data, shape, length, seed),
                 (Isa::Avx2, true) => return avx2::columns::<W, true>(words, scales, sums, data, shape, length, seed),
                 (Isa::Portable, _) => {}
             }
         }
     }
+    assert!(!by_rows);
     plain_columns::<W>(words, scales, sums, x, stochastic, seed);
 }
 
@@ -449,6 +480,19 @@ mod tests {
 
     type Quantise = fn(&mut [u32], &mut [f32], &mut [i32], Columns<'_>, bool, u32);
 
+    fn in_words<const W: usize>(words: &mut [u32], scales: &mut [f32], sums: &mut [i32], x: Columns<'_>, stochastic: bool, seed: u32) {
+        quantise_columns::<W>(words, scales, sums, x, stochastic, seed, false);
+    }
+
+    /// As [`in_words`], from words of each column in turn where the instruction set has them.
+    fn by_rows_in_words(words: &mut [u32], scales: &mut [f32], sums: &mut [i32], x: Columns<'_>, stochastic: bool, seed: u32) {
+        quantise_columns::<12>(words, scales, sums, x, stochastic, seed, isa() == Isa::Avx512);
+        if isa() == Isa::Avx512 {
+            let (by_rows, count) = (words.to_vec(), words.len() / 12);
+            words.iter_mut().enumerate().for_each(|(place, word)| *word = by_rows[place % 12 * count + place / 12]);
+        }
+    }
+
     #[test]
     fn every_instruction_set_rounds_to_the_same_bits() {
         let mut random = Random::new(33);
@@ -466,13 +510,14 @@ mod tests {
                     f(&mut words, &mut scales, &mut sums, columns, stochastic, 6);
                     (words, scales, sums)
                 };
-                assert_eq!(by_columns(quantise_columns::<32>), by_columns(plain_columns::<32>));
+                assert_eq!(by_columns(in_words::<32>), by_columns(plain_columns::<32>));
                 let by_narrow = |f: Quantise| {
                     let (mut words, mut scales, mut sums) = (vec![1; 12 * length.div_ceil(4)], vec![1.0; 12], vec![1; 12]);
                     f(&mut words, &mut scales, &mut sums, Columns { width: width.min(12), ..columns }, stochastic, 6);
                     (words, scales, sums)
                 };
-                assert_eq!(by_narrow(quantise_columns::<12>), by_narrow(plain_columns::<12>));
+                assert_eq!(by_narrow(in_words::<12>), by_narrow(plain_columns::<12>));
+                assert_eq!(by_narrow(by_rows_in_words), by_narrow(plain_columns::<12>));
             }
         }
     }
@@ -490,7 +535,7 @@ mod tests {
             assert!((sum as f32 * scale / (LENGTH as f32 * value) - 1.0).abs() < 1e-4, "right on average");
             let (length, columns) = (LENGTH / 32, Columns { data: &x, stride: 32, width: 32, length: LENGTH / 32 });
             let (mut words, mut scales, mut sums) = (vec![0u32; 32 * length / 4], vec![0.0; 32], vec![0; 32]);
-            quantise_columns::<32>(&mut words, &mut scales, &mut sums, columns, true, i);
+            in_words::<32>(&mut words, &mut scales, &mut sums, columns, true, i);
             let bytes: &[u8] = bytemuck::cast_slice(&words);
             assert!(bytes.iter().all(|&byte| byte as i8 >= 126), "{value} by columns");
             assert_eq!(sums.iter().sum::<i32>(), bytes.iter().map(|&byte| i32::from(byte as i8)).sum::<i32>());

@@ -60,10 +60,6 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMu
     let c = c.as_mut_ptr();
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
-    for i in 0..rows {
-        // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(c.add(i * stride).cast()) };
-    }
     for _ in 0..k {
         // SAFETY: step l reads b[l·COLS..][..COLS] and a[i·RS + l·CS], which the caller vouches for.
         unsafe {

@@ -7,6 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 use std::mem::MaybeUninit;
 
+use super::amx::Tiles;
 #[cfg(target_arch = "x86_64")]
 use super::byte_pairs::{self, HEIGHT, widen};
 use super::isa::{Isa, isa, simd_fn};
@@ -17,15 +18,23 @@ use super::tile::put_avx2;
 use super::tile::{COLS, ROWS, Update};
 
 /// c = a·b or c += a·b for one tile and one block along k: c(i, j) gets scale_a(i) · scale_b(j) · Σ q_a · q_b.
-pub fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update) {
+///
+/// `tiles`: those of this thread, if a lies row by row.
+pub(super) fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update, tiles: Option<&Tiles>) {
     let (rows, cols, _) = c.layout();
     let words = a.bytes.len() / (4 * ROWS);
     assert!(words <= MAX_WORDS && rows <= ROWS && cols <= COLS && a.bytes.len() == words * 4 * ROWS && b.bytes.len() == words * 4 * COLS);
     assert!(a.scales.len() == ROWS && a.sums.len() == ROWS && b.scales.len() == COLS);
+    assert!(a.by_rows == tiles.is_some() && !b.by_rows);
     #[cfg(target_arch = "x86_64")]
     if isa() == Isa::Avx512 && has_vnni() {
         // SAFETY: the features were asked for; the assertions above keep every load inside, and c is a view of its own elements.
-        return unsafe { vnni(c, a, b, words, update) };
+        return unsafe {
+            match tiles {
+                Some(_) => avx512::<true>(c, a, b, words, update, tiles),
+                None => avx512::<false>(c, a, b, words, update, None),
+            }
+        };
     }
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx2 {
@@ -42,29 +51,47 @@ fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni") // One load of a cached answer.
 }
 
+/// The tile in registers of sixteen sums. With `TILES` those of AMX find the sums of as much of the block as fills them.
+///
+/// # Safety
+/// The features; panels as [`tile`] asserts them, of a row by row with `TILES`, which must be there then.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,avx2,fma")]
-unsafe fn vnni(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update) {
+unsafe fn avx512<const TILES: bool>(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, words: usize, update: Update, tiles: Option<&Tiles>) {
     use std::arch::x86_64::*;
     let (rows, cols, stride) = c.layout();
     let c = c.as_mut_ptr();
-    for i in 0..rows {
-        // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(c.add(i * stride).cast()) };
-    }
     let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
     let (mut pa, mut pb) = (a.bytes.as_ptr(), b.bytes.as_ptr());
-    for _ in 0..words {
+    let (row_step, word_step) = if TILES { (4 * words, 4) } else { (4, 4 * ROWS) };
+    let mut rest = words;
+    if let Some(tiles) = tiles
+        && TILES
+        && words >= 16
+    {
+        let mut of_tiles = MaybeUninit::<[[i32; COLS]; ROWS]>::uninit();
+        // SAFETY: the whole groups of 16 words of both panels, all of whose sums are written.
+        unsafe {
+            tiles.sums(of_tiles.as_mut_ptr(), (pa, row_step), pb, words / 16);
+            for i in 0..ROWS {
+                let of_row = of_tiles.as_ptr().cast::<i32>().add(COLS * i);
+                sums[i] = [_mm512_loadu_si512(of_row.cast()), _mm512_loadu_si512(of_row.add(16).cast())];
+            }
+            rest = words % 16;
+            (pa, pb) = (pa.add((words - rest) * word_step), pb.add((words - rest) * 4 * COLS));
+        }
+    }
+    for _ in 0..rest {
         // SAFETY: step l reads the 4·COLS and 4·ROWS bytes of word l of both panels.
         unsafe {
             let (b0, b1) = (_mm512_loadu_si512(pb.cast()), _mm512_loadu_si512(pb.add(64).cast()));
             for i in 0..ROWS {
-                let x = _mm512_set1_epi32(pa.add(4 * i).cast::<i32>().read_unaligned());
+                let x = _mm512_set1_epi32(pa.add(row_step * i).cast::<i32>().read_unaligned());
                 sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], b0, x);
                 sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], b1, x);
             }
             pb = pb.add(4 * COLS);
-            pa = pa.add(4 * ROWS);
+            pa = pa.add(word_step);
         }
     }
     // SAFETY: b has a scale for each of its COLS columns.
