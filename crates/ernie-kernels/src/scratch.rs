@@ -18,8 +18,12 @@ thread_local! {
 #[derive(Debug)]
 pub struct Scratch {
     buffer: Vec<f32>,
+    start: usize,
     len: usize,
 }
+
+/// Elements in a line of the processor's caches.
+const LINE: usize = 16;
 
 impl Scratch {
     /// `len` elements **with arbitrary contents**: the smallest kept buffer that is large enough, though not far too large, or else a new one.
@@ -31,7 +35,15 @@ impl Scratch {
         });
         // Sizes in steps of an eighth, so that what varies a little from call to call finds the same buffers.
         let step = (len.next_power_of_two() / 16).max(1);
-        Scratch { buffer: kept.unwrap_or_else(|| vec![0.0; len.next_multiple_of(step)]), len }
+        Scratch { buffer: kept.unwrap_or_else(|| vec![0.0; len.next_multiple_of(step)]), start: 0, len }
+    }
+
+    /// [`Scratch::take`], from the beginning of a cache line on.
+    pub fn take_lines(len: usize) -> Self {
+        let mut scratch = Self::take(len + LINE - 1);
+        scratch.start = scratch.buffer.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
+        scratch.len = len;
+        scratch
     }
 }
 
@@ -123,13 +135,13 @@ impl Drop for Scratch {
 impl Deref for Scratch {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.buffer[..self.len]
+        &self.buffer[self.start..][..self.len]
     }
 }
 
 impl DerefMut for Scratch {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.buffer[..self.len]
+        &mut self.buffer[self.start..][..self.len]
     }
 }
 

@@ -15,13 +15,14 @@ use super::isa::{Isa, isa, limit};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{COLS, ROWS};
 
-/// That the tile registers of this thread have the shapes that [`Tiles::sums`] needs, until this is dropped. One at a time on a thread.
+/// That the tile registers of this thread have the shapes that [`Tiles::sums`] needs, until this is dropped. One at a time on a thread, and while it is there
+/// nothing of others may run on the thread that uses such registers.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // Never made.
 pub(super) struct Tiles(PhantomData<*const ()>);
 
 /// Whether the processor has tiles with products of bytes and the system lets this process use them. `ERNIE_ISA` rules them out, whichever set it names.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn available() -> bool {
+pub(crate) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE
         .get_or_init(|| limit().is_none() && isa() == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") && has_tiles() && permitted())
@@ -29,7 +30,7 @@ pub(super) fn available() -> bool {
 
 /// No other architecture has them.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn available() -> bool {
+pub(crate) fn available() -> bool {
     false
 }
 
@@ -116,32 +117,38 @@ impl Tiles {
     /// b in words of four bytes, `[16 · steps, COLS]`.
     ///
     /// # Safety
-    /// a and b must be as long as that; one step at least.
+    /// a and b must be as long as that, and out be there to be written; one step at least.
     #[inline]
     pub(super) unsafe fn sums(&self, out: *mut [[i32; COLS]; ROWS], (a, stride): (*const u8, usize), b: *const u8, steps: usize) {
-        // SAFETY: the tiles are shaped; by the caller. A row of the sums is as long as one of b.
+        // SAFETY: `self` says that the tiles are shaped; each step reads 64 bytes of the rows of a and 16 rows of b, whose length is also that of a row of sums.
         unsafe {
             asm!(
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "2:",
-                "tileloadd tmm2, [{a} + {stride}]",
-                "tileloadd tmm3, [{b} + {width}]",
+                "tileloadd tmm2, [{a} + 1*{stride}]",
+                "tileloadd tmm3, [{b} + 1*{width}]",
                 "tdpbsud tmm0, tmm2, tmm3",
-                "tileloadd tmm4, [{b} + {width} + 64]",
+                "tileloadd tmm4, [{b} + 1*{width} + 64]",
                 "tdpbsud tmm1, tmm2, tmm4",
                 "add {a}, 64",
-                "add {b}, 2048",
+                "add {b}, {step}",
                 "dec {steps}",
                 "jnz 2b",
-                "tilestored [{out} + {width}], tmm0",
-                "tilestored [{out} + {width} + 64], tmm1",
+                "tilestored [{out} + 1*{width}], tmm0",
+                "tilestored [{out} + 1*{width} + 64], tmm1",
                 a = inout(reg) a => _,
                 b = inout(reg) b => _,
                 steps = inout(reg) steps => _,
                 stride = in(reg) stride,
                 width = in(reg) 4 * COLS,
                 out = in(reg) out,
+                step = const 16 * 4 * COLS,
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                out("tmm3") _,
+                out("tmm4") _,
                 options(nostack)
             );
         }
@@ -154,5 +161,23 @@ impl Drop for Tiles {
         // SAFETY: frees registers that nothing but this uses.
         unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
         SHAPED.set(false);
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    /// Otherwise a slip in asking for the tiles would leave them untested, or another instruction set where they take its place.
+    #[test]
+    fn tiles_are_used_where_they_are_and_nothing_rules_them_out() {
+        assert!(limit().is_none() || !available(), "{:?} has no tiles", limit());
+        // What the system says of the processor, where it does.
+        let Ok(description) = std::fs::read_to_string("/proc/cpuinfo") else { return };
+        let flags: Vec<&str> = description.lines().find(|line| line.starts_with("flags")).unwrap_or_default().split_whitespace().collect();
+        let all = ["amx_tile", "amx_int8", "avx512_vnni"].iter().all(|flag| flags.contains(flag));
+        if all && limit().is_none() && isa() == Isa::Avx512 {
+            assert!(has_tiles() && permitted() && available());
+        }
     }
 }

@@ -37,8 +37,8 @@ pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, update:
     });
 }
 
-/// Calls what `begin` makes, for each task and on its thread, with each tile of c, the panels of a and b it is the product of, each of the parts that k is cut
-/// into, and whether that part is added: for a tile the parts come in order. Without parts c is a sum of nothing.
+/// Calls `begin` once for each task, on its thread, and what that returns with each tile of c, the panels of a and b it is the product of, each of the parts
+/// that k is cut into, and whether that part is added: for a tile the parts come in order. Without parts c is a sum of nothing.
 pub(super) fn for_each_tile<F: Fn(&mut MatMut<'_>, usize, usize, usize, Update)>(
     c: MatMut<'_>,
     parts: usize,
@@ -58,11 +58,11 @@ pub(super) fn for_each_tile<F: Fn(&mut MatMut<'_>, usize, usize, usize, Update)>
         let origins = (0..cols).step_by(COLS).flat_map(|j| (0..rows).step_by(ROWS).map(move |i| (i, j)));
         for part in 0..parts {
             let update = if part == 0 { update } else { Update::Add };
-            let mut following = origins.clone().skip(1);
-            for origin in origins.clone() {
+            let mut origins = origins.clone().peekable();
+            while let Some(origin) = origins.next() {
                 // The elements of a large matrix are not in a cache near by, and to wait for them may take longer than the tile.
-                if let Some(origin) = following.next() {
-                    tile_at(&mut c, origin).prefetch();
+                if let Some(&following) = origins.peek() {
+                    tile_at(&mut c, following).prefetch();
                 }
                 let (i, j) = origin;
                 compute(&mut tile_at(&mut c, origin), (row + i) / ROWS, (col + j) / COLS, part, update);

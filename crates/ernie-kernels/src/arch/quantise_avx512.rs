@@ -85,7 +85,7 @@ pub(super) unsafe fn row<const STOCHASTIC: bool>(bytes: &mut [u8], x: &[f32], se
 /// See [`quantise_columns`](super::quantised::quantise_columns), with `width` columns of `data` and zeros for the others.
 ///
 /// # Safety
-/// The processor must have the features; `data` must hold `length` rows of `width` elements, `words` ⌈length/4⌉ rows of `W`.
+/// The processor must have the features; `data` must hold `length` rows of `width` elements, `words` `W` words for each four of them.
 #[allow(clippy::too_many_arguments)]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
 pub(super) unsafe fn columns<const W: usize, const STOCHASTIC: bool>(

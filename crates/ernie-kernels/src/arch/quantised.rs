@@ -57,9 +57,9 @@ type Slot<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [i32]);
 /// One block of one panel.
 #[derive(Clone, Copy)]
 pub struct Panel<'a> {
-    /// `[k / 4, W, 4]`, or `[W, k]` where k is a multiple of four.
+    /// `[⌈k / 4⌉, W, 4]`, or row by row `[W, ⌈k / 4⌉, 4]`.
     pub bytes: &'a [u8],
-    /// Which of them.
+    /// Whether row by row.
     pub by_rows: bool,
     /// `[W]`.
     pub scales: &'a [f32],
@@ -83,7 +83,7 @@ impl<const W: usize, const OFFSET: bool> Packed8<W, OFFSET> {
         }
         let words = starts[blocks.len()];
         let panels = rows.div_ceil(W);
-        let mut data = Scratch::take(panels * W * words);
+        let mut data = Scratch::take_lines(panels * W * words);
         let (mut scales, mut sums) = (vec![0.0; panels * blocks.len() * W], vec![0; panels * blocks.len() * W]);
         if words > 0 {
             let group = group(parts, W);
@@ -183,29 +183,25 @@ fn quantise_panel<const W: usize, const OFFSET: bool>(
     if row_stride == 1 && x.rows() > 1 {
         let columns = Columns { data: &data[from * col_stride + first..], stride: col_stride, width: rows, length };
         quantise_columns::<W>(words, scales, sums, columns, stochastic, seed, by_rows::<OFFSET>());
-    } else if by_rows::<OFFSET>() {
-        assert!(col_stride == 1 || length <= 1, "neither rows nor columns are contiguous");
-        for (r, words) in words.chunks_exact_mut(length.div_ceil(4)).enumerate() {
-            if r < rows {
-                let row = &data[(first + r) * row_stride + from..][..length];
-                (scales[r], sums[r]) =
-                    quantise_row(bytemuck::cast_slice_mut(words), row, stochastic, seed ^ (r as u32).wrapping_mul(0xc2b2_ae3d));
-            } else {
-                words.fill(0);
-                (scales[r], sums[r]) = (0.0, 0);
-            }
-        }
     } else {
         assert!(col_stride == 1 || length <= 1, "neither rows nor columns are contiguous");
-        let mut bytes = [[0.0f32; BLOCK / 4]; W];
-        for r in 0..rows {
+        let mut quantise = |r: usize, bytes: &mut [u8]| {
             let row = &data[(first + r) * row_stride + from..][..length];
-            let bytes: &mut [u8] = &mut bytemuck::cast_slice_mut(&mut bytes[r])[..length.next_multiple_of(4)];
             (scales[r], sums[r]) = quantise_row(bytes, row, stochastic, seed ^ (r as u32).wrapping_mul(0xc2b2_ae3d));
-        }
+        };
         let count = length.div_ceil(4);
-        let rows_of_words: [&[f32]; W] = std::array::from_fn(|r| &bytes[r][..count]);
-        transpose::<W>(bytemuck::cast_slice_mut(words), &rows_of_words, count);
+        if by_rows::<OFFSET>() {
+            let (full, missing) = words.split_at_mut(rows * count);
+            full.chunks_exact_mut(count).enumerate().for_each(|(r, words)| quantise(r, bytemuck::cast_slice_mut(words)));
+            missing.fill(0);
+        } else {
+            let mut bytes = [[0.0f32; BLOCK / 4]; W];
+            for (r, bytes) in bytes.iter_mut().enumerate().take(rows) {
+                quantise(r, &mut bytemuck::cast_slice_mut(bytes)[..4 * count]);
+            }
+            let rows_of_words: [&[f32]; W] = std::array::from_fn(|r| &bytes[r][..count]);
+            transpose::<W>(bytemuck::cast_slice_mut(words), &rows_of_words, count);
+        }
         scales[rows..].fill(0.0);
         sums[rows..].fill(0);
     }
@@ -229,12 +225,14 @@ const STREAMS: usize = 32;
 /// Independent xorshift generators (Marsaglia 2003), never zero.
 #[inline(always)]
 pub(super) fn streams(seed: u32) -> [u32; STREAMS] {
-    std::array::from_fn(|i| {
+    let mut states = [0; STREAMS];
+    for (i, state) in states.iter_mut().enumerate() {
         let mut z = seed.wrapping_add((i as u32).wrapping_mul(0x9e37_79b9));
         z = (z ^ (z >> 16)).wrapping_mul(0x21f0_aaad);
         z = (z ^ (z >> 15)).wrapping_mul(0x735a_2d97);
-        (z ^ (z >> 15)) | 1
-    })
+        *state = (z ^ (z >> 15)) | 1;
+    }
+    states
 }
 
 /// The next number of a stream, uniform in [-1/2, 1/2).

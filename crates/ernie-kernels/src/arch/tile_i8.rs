@@ -36,6 +36,7 @@ pub(super) fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Updat
             }
         };
     }
+    assert!(!a.by_rows, "tiles without AVX-512");
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx2 {
         // SAFETY: as above; and a block has no more words than its buffer.
@@ -51,7 +52,8 @@ fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni") // One load of a cached answer.
 }
 
-/// The tile in registers of sixteen sums. With `TILES` those of AMX find the sums of as much of the block as fills them.
+/// The tile of the result in registers of sixteen sums. With `TILES` (a constant, so that the strides of a are) AMX finds the sums of as much of the block as
+/// fills its tiles.
 ///
 /// # Safety
 /// The features; panels as [`tile`] asserts them, of a row by row with `TILES`, which must be there then.
@@ -82,7 +84,7 @@ unsafe fn avx512<const TILES: bool>(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'
         }
     }
     for _ in 0..rest {
-        // SAFETY: step l reads the 4·COLS and 4·ROWS bytes of word l of both panels.
+        // SAFETY: step l reads word l of all rows of both panels.
         unsafe {
             let (b0, b1) = (_mm512_loadu_si512(pb.cast()), _mm512_loadu_si512(pb.add(64).cast()));
             for i in 0..ROWS {
