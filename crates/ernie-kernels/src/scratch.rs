@@ -150,6 +150,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn lines_begin_at_lines() {
+        for len in [1, 15, 16, 17, 1000, 70_000] {
+            let mut scratch = Scratch::take_lines(len);
+            assert!(scratch.len() == len && (scratch.as_ptr() as usize).is_multiple_of(4 * LINE), "{len}");
+            scratch.fill(1.0);
+            assert_eq!(scratch.iter().sum::<f32>(), len as f32);
+        }
+    }
+
+    #[test]
     fn buffers_are_used_again_and_idle_ones_are_bounded() {
         std::thread::spawn(|| {
             let address = |buffer: &Vec<f32>| buffer.as_ptr() as usize;
