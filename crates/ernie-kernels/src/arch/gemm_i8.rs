@@ -1,8 +1,9 @@
 //! Products whose operands are quantised to 8 bits in blocks along k and whose result is of single precision: about four times as fast as those of
 //! single precision where the processor has an instruction for it, faster still where it has tiles. Scales per block as in Jetfire (arXiv 2403.12422).
 
+use super::ahead::Ahead;
 use super::amx::Tiles;
-use super::gemm::{Threads, Update, for_each_tile};
+use super::gemm::{Product, Threads, Update, for_each_tile};
 use super::matrix::MatMut;
 use super::quantised::Packed8;
 use super::tile::{COLS, ROWS};
@@ -19,10 +20,39 @@ pub fn product_packed8(c: MatMut<'_>, a: &Left8, b: &Right8, update: Update, thr
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
     assert!(a.starts() == b.starts(), "operands of an 8-bit product stacked from unlike parts");
-    for_each_tile(c, a.starts().len() - 1, update, threads, || {
-        let tiles = Tiles::shaped();
-        move |c: &mut MatMut<'_>, row, col, block, update| tile(c, a.panel(row, block), b.panel(col, block), update, tiles.as_ref())
-    });
+    for_each_tile(c, &Bytes { a, b }, update, threads);
+}
+
+/// The two operands.
+struct Bytes<'a> {
+    a: &'a Left8,
+    b: &'a Right8,
+}
+
+impl Product for Bytes<'_> {
+    type Task = Option<Tiles>;
+
+    fn parts(&self) -> usize {
+        self.a.starts().len() - 1
+    }
+
+    fn begin(&self) -> Option<Tiles> {
+        Tiles::shaped()
+    }
+
+    /// Nothing: panels are a quarter as large as those of single precision, and the processor's own prefetching keeps up.
+    fn left(&self, _: usize, _: usize) -> &[u8] {
+        &[]
+    }
+
+    fn right(&self, _: usize, _: usize) -> &[u8] {
+        &[]
+    }
+
+    fn tile(&self, tiles: &Option<Tiles>, c: &mut MatMut<'_>, (row, col): (usize, usize), part: usize, update: Update, ahead: Ahead) {
+        ahead.tile_at_once();
+        tile(c, self.a.panel(row, part), self.b.panel(col, part), update, tiles.as_ref());
+    }
 }
 
 #[cfg(test)]

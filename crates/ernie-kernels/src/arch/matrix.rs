@@ -150,25 +150,17 @@ impl<'a> MatMut<'a> {
         MatMut { start, rows: rows.len(), cols: cols.len(), row_stride: self.row_stride, borrow: PhantomData }
     }
 
-    /// Asks the processor to fetch the elements, by lines of 64 bytes: they will be needed soon.
-    #[inline]
-    pub(super) fn prefetch(&self) {
-        #[cfg(target_arch = "x86_64")]
-        for i in 0..self.rows {
-            for j in (0..self.cols).step_by(16) {
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                // SAFETY: a prefetch touches nothing that the program can see, wherever it points.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(self.start.wrapping_add(i * self.row_stride + j).cast()) };
-            }
-        }
-    }
-
     /// Rows, columns, and the distance between rows.
     pub(super) fn layout(&self) -> (usize, usize, usize) {
         (self.rows, self.cols, self.row_stride)
     }
 
     /// The first element; the others follow by [`MatMut::layout`].
+    pub(super) fn as_ptr(&self) -> *const f32 {
+        self.start
+    }
+
+    /// The first element, to write to.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.start

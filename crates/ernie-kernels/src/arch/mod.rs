@@ -1,4 +1,5 @@
 //! Instruction sets, chosen once at run time.
+mod ahead;
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod byte_pairs;

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // the instruction set itself: vector loads and stores through pointers
 #![allow(clippy::needless_range_loop)] // indices name registers of a tile; iterators would hide which
 
+use super::ahead::Ahead;
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 use super::isa::{isa, mul_add, simd_fn};
@@ -29,12 +30,29 @@ pub enum Update {
 ///
 /// Element (i, l) of a is `a[i * RS + l * CS]` for all i < `M`; element (l, j) of b is `b[l * COLS + j]` for all j < [`COLS`].
 pub fn tile<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
+    tile_ahead::<M, RS, CS>(c, a, b, k, update, None);
+}
+
+/// The same, and fetches what is needed after it.
+pub(super) fn tile_ahead<const M: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    update: Update,
+    ahead: Option<Ahead>,
+) {
     let (rows, cols, _) = c.layout();
     assert!(rows <= M && cols <= COLS && b.len() >= k * COLS && (k == 0 || a.len() > (M - 1) * RS + (k - 1) * CS));
-    match isa() {
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 {
         // SAFETY: `isa` has found AVX-512; the assertion above keeps every load of a and b inside, and c is a view of its own elements.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::<M, RS, CS>(c, a, b, k, update) },
+        return unsafe { avx512::<M, RS, CS>(c, a, b, k, update, ahead) };
+    }
+    if let Some(ahead) = ahead {
+        ahead.tile_at_once();
+    }
+    match isa() {
         // SAFETY: as above, for AVX2; each time H divides M.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe {
@@ -54,23 +72,44 @@ pub fn tile<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>, a: &[f32], b: &[f32], k: usize, update: Update) {
+unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(
+    c: &mut MatMut<'_>,
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    update: Update,
+    mut ahead: Option<Ahead>,
+) {
     use std::arch::x86_64::*;
     let (rows, cols, stride) = c.layout();
     let c = c.as_mut_ptr();
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
-    for _ in 0..k {
-        // SAFETY: step l reads b[l·COLS..][..COLS] and a[i·RS + l·CS], which the caller vouches for.
-        unsafe {
-            let (b0, b1) = (_mm512_loadu_ps(pb), _mm512_loadu_ps(pb.add(16)));
-            for i in 0..M {
-                let x = _mm512_set1_ps(*pa.add(i * RS));
-                sums[i][0] = _mm512_fmadd_ps(x, b0, sums[i][0]);
-                sums[i][1] = _mm512_fmadd_ps(x, b1, sums[i][1]);
+    if let Some(ahead) = &mut ahead {
+        ahead.steps(k.div_ceil(BETWEEN_FETCHES));
+    }
+    let mut rest = k;
+    while rest > 0 {
+        let steps = match &mut ahead {
+            Some(ahead) => {
+                ahead.step();
+                rest.min(BETWEEN_FETCHES)
             }
-            pb = pb.add(COLS);
-            pa = pa.wrapping_add(CS);
+            None => rest,
+        };
+        rest -= steps;
+        for _ in 0..steps {
+            // SAFETY: step l reads b[l·COLS..][..COLS] and a[i·RS + l·CS], which the caller vouches for.
+            unsafe {
+                let (b0, b1) = (_mm512_loadu_ps(pb), _mm512_loadu_ps(pb.add(16)));
+                for i in 0..M {
+                    let x = _mm512_set1_ps(*pa.add(i * RS));
+                    sums[i][0] = _mm512_fmadd_ps(x, b0, sums[i][0]);
+                    sums[i][1] = _mm512_fmadd_ps(x, b1, sums[i][1]);
+                }
+                pb = pb.add(COLS);
+                pa = pa.wrapping_add(CS);
+            }
         }
     }
     let masks = [mask16(cols), mask16(cols.saturating_sub(16))];
@@ -92,6 +131,9 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMu
         }
     }
 }
+
+/// Steps of the sum between two portions of what is fetched ahead: long enough that the branches are not noticed.
+const BETWEEN_FETCHES: usize = 8;
 
 /// The tile by parts of `H` rows and `W` registers of columns. At 6 x 2 there are twelve sums, and of the sixteen registers there is room for b and an element
 /// of a; less than eight sums would wait for each other, so low tiles are wide.
