@@ -30,20 +30,19 @@ pub fn product_packed(c: MatMut<'_>, a: &Packed<ROWS>, b: &Packed<COLS>, update:
     let (m, n, _) = c.layout();
     let k = a.k();
     assert!(a.rows() == m && b.k() == k && b.rows() == n, "[{m}, {n}] = [{}, {k}] x [{}, {}]", a.rows(), b.k(), b.rows());
-    for_each_tile(c, &Single { a, b, k }, update, threads);
+    for_each_tile(c, &Single { a, b }, update, threads);
 }
 
-/// The two operands, and how long they are.
+/// The two operands.
 struct Single<'a> {
     a: &'a Packed<ROWS>,
     b: &'a Packed<COLS>,
-    k: usize,
 }
 
 impl Single<'_> {
     /// How long a part of k is.
     fn depth(&self, part: usize) -> usize {
-        DEPTH.min(self.k - part * DEPTH)
+        DEPTH.min(self.a.k() - part * DEPTH)
     }
 }
 
@@ -51,7 +50,7 @@ impl Product for Single<'_> {
     type Task = ();
 
     fn parts(&self) -> usize {
-        self.k.div_ceil(DEPTH)
+        self.a.k().div_ceil(DEPTH)
     }
 
     fn begin(&self) {}
@@ -87,7 +86,7 @@ pub(super) trait Product: Sync {
     /// The same of b.
     fn right(&self, panel: usize, part: usize) -> &[u8];
 
-    /// Sets c, or adds to it, the product of one part of two panels, and fetches what will be needed next.
+    /// Sets c to the product of one part of two panels (of a, of b), or adds it, and fetches what will be needed next.
     fn tile(&self, task: &Self::Task, c: &mut MatMut<'_>, panels: (usize, usize), part: usize, update: Update, ahead: Ahead);
 }
 
@@ -116,8 +115,8 @@ fn run_task<P: Product>((row, col, mut c): (usize, usize, MatMut<'_>), product: 
         let update = if part == 0 { update } else { Update::Add };
         for j in 0..walk.across {
             let right = walk.right_after(j, part).map_or(&[][..], |(j, part)| product.right(first_right + j, part));
-            // A share of it with each tile of the column.
-            let mut shares = right.chunks(right.len().div_ceil(walk.down).max(1));
+            // A share of it with each tile of the column, in whole lines.
+            let mut shares = right.chunks(right.len().div_ceil(walk.down).next_multiple_of(64).max(64));
             for i in 0..walk.down {
                 let left = walk.left_after(i, j, part).map_or(&[][..], |(i, part)| product.left(first_left + i, part));
                 let next = walk.tile_after(i, j, part).map(|next| tile_at(&mut c, next));
@@ -150,7 +149,7 @@ impl Walk {
     }
 
     /// A panel of a that has not been needed yet, and the part of k: the next one below, while the first column needs each for the first time, and in the last
-    /// column the same one of the next part.
+    /// column the same one of the next part. A column that is both does the latter, and leaves the first part of a.
     fn left_after(&self, i: usize, j: usize, part: usize) -> Option<(usize, usize)> {
         if j + 1 == self.across && part + 1 < self.parts {
             Some((i, part + 1))

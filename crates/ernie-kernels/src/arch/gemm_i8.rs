@@ -40,7 +40,7 @@ impl Product for Bytes<'_> {
         Tiles::shaped()
     }
 
-    /// Nothing: panels are a quarter as large as those of single precision, and the processor's own prefetching keeps up.
+    /// Nothing: it was measured to be slower (LOG.md).
     fn left(&self, _: usize, _: usize) -> &[u8] {
         &[]
     }
@@ -49,6 +49,7 @@ impl Product for Bytes<'_> {
         &[]
     }
 
+    #[inline(always)]
     fn tile(&self, tiles: &Option<Tiles>, c: &mut MatMut<'_>, (row, col): (usize, usize), part: usize, update: Update, ahead: Ahead) {
         ahead.tile_at_once();
         tile(c, self.a.panel(row, part), self.b.panel(col, part), update, tiles.as_ref());

@@ -33,7 +33,7 @@ pub fn tile<const M: usize, const RS: usize, const CS: usize>(c: &mut MatMut<'_>
     tile_ahead::<M, RS, CS>(c, a, b, k, update, None);
 }
 
-/// The same, and fetches what is needed after it.
+/// The same, and fetches what is needed after it: with AVX-512 all of it, in steps; with others the tile of c, at once.
 pub(super) fn tile_ahead<const M: usize, const RS: usize, const CS: usize>(
     c: &mut MatMut<'_>,
     a: &[f32],
@@ -133,6 +133,7 @@ unsafe fn avx512<const M: usize, const RS: usize, const CS: usize>(
 }
 
 /// Steps of the sum between two portions of what is fetched ahead: long enough that the branches are not noticed.
+#[cfg(target_arch = "x86_64")]
 const BETWEEN_FETCHES: usize = 8;
 
 /// The tile by parts of `H` rows and `W` registers of columns. At 6 x 2 there are twelve sums, and of the sixteen registers there is room for b and an element

@@ -20,6 +20,7 @@ use super::tile::{COLS, ROWS, Update};
 /// c = a·b or c += a·b for one tile and one block along k: c(i, j) gets scale_a(i) · scale_b(j) · Σ q_a · q_b.
 ///
 /// `tiles`: those of this thread, if a lies row by row.
+#[inline(always)] // With AMX a tile takes a fifth of a microsecond.
 pub(super) fn tile(c: &mut MatMut<'_>, a: Panel<'_>, b: Panel<'_>, update: Update, tiles: Option<&Tiles>) {
     let (rows, cols, _) = c.layout();
     let words = a.bytes.len() / (4 * ROWS);
