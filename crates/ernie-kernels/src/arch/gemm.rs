@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, LINE};
 use super::matrix::MatMut;
 use super::pack::Packed;
 use super::tile::{COLS, ROWS, tile_ahead};
@@ -116,7 +116,7 @@ fn run_task<P: Product>((row, col, mut c): (usize, usize, MatMut<'_>), product: 
         for j in 0..walk.across {
             let right = walk.right_after(j, part).map_or(&[][..], |(j, part)| product.right(first_right + j, part));
             // A share of it with each tile of the column, in whole lines.
-            let mut shares = right.chunks(right.len().div_ceil(walk.down).next_multiple_of(64).max(64));
+            let mut shares = right.chunks(right.len().div_ceil(walk.down).next_multiple_of(LINE).max(LINE));
             for i in 0..walk.down {
                 let left = walk.left_after(i, j, part).map_or(&[][..], |(i, part)| product.left(first_left + i, part));
                 let next = walk.tile_after(i, j, part).map(|next| tile_at(&mut c, next));
