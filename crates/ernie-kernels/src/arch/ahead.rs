@@ -6,6 +6,7 @@
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // Only AVX-512 fetches in steps.
 
 use super::matrix::MatMut;
+use super::tile::ROWS;
 
 /// Bytes of a line of the cache.
 pub(super) const LINE: usize = 64;
@@ -48,12 +49,19 @@ impl Ahead {
     /// Fetches the tile of c at once, and nothing of the panels.
     #[inline]
     pub(super) fn tile_at_once(self) {
-        let mut row = self.row;
-        for _ in 0..self.rows {
-            for line in 0..self.lines {
-                fetch::<true>(row.wrapping_add(line * LINE));
+        // Mostly the tile is whole, and this then a few instructions without branches.
+        if (self.rows, self.lines) == (ROWS, 2) {
+            for row in 0..ROWS {
+                let row = self.row.wrapping_add(row * self.stride);
+                fetch::<true>(row);
+                fetch::<true>(row.wrapping_add(LINE));
             }
-            row = row.wrapping_add(self.stride);
+            return;
+        }
+        for row in 0..self.rows {
+            for line in 0..self.lines {
+                fetch::<true>(self.row.wrapping_add(row * self.stride + line * LINE));
+            }
         }
     }
 
